@@ -1,0 +1,4 @@
+from mftcoder_coba.cli import main
+
+if __name__ == "__main__":
+    main()

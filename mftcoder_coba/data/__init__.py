@@ -1,0 +1,28 @@
+"""JSONL -> token batches: formats, templates, corpus, packing, schedule, batches, in the order in which data flows."""
+
+from mftcoder_coba.data.accounting import Count, Skipped, SplitAccounting
+from mftcoder_coba.data.batches import Batch, collate
+from mftcoder_coba.data.corpus import Corpus, prepare
+from mftcoder_coba.data.packing import pack
+from mftcoder_coba.data.samples import TaskData
+from mftcoder_coba.data.schedule import BalancerStream, Row, TrainSchedule, validation_rows
+from mftcoder_coba.data.templates import Template, choose, load_tokenizer
+
+__all__ = [
+    "BalancerStream",
+    "Batch",
+    "Corpus",
+    "Count",
+    "Row",
+    "Skipped",
+    "SplitAccounting",
+    "TaskData",
+    "Template",
+    "TrainSchedule",
+    "choose",
+    "collate",
+    "load_tokenizer",
+    "pack",
+    "prepare",
+    "validation_rows",
+]

@@ -1,0 +1,66 @@
+"""The processes of a run: who is who, and the few collectives that are not DeepSpeed's own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+
+import torch
+
+from mftcoder_coba.errors import UserError
+
+
+class Processes:
+    """This process among the run's processes. Starts the process group, also for a single process without a launcher."""
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", 0))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        if "RANK" not in os.environ:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        self._quieten()
+        import deepspeed
+        from deepspeed.accelerator import get_accelerator
+
+        self.device = torch.device(get_accelerator().device_name(self.local_rank))
+        if self.device.type != "cpu":
+            if self.local_rank >= get_accelerator().device_count():
+                raise UserError(
+                    f"process {self.local_rank} of this machine has no GPU: there are {get_accelerator().device_count()}", "the launcher", "start one process per GPU"
+                )
+            get_accelerator().set_device(self.local_rank)
+        deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over ranks, in place; float64 in, so that the result does not depend on who adds first beyond rounding, and is the same bits on every rank."""
+        torch.distributed.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        torch.distributed.barrier()
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if it is true on one."""
+        return self.all_reduce_sum(torch.tensor([float(flag)], dtype=torch.float64, device=self.device)).item() > 0
+
+    def close(self) -> None:
+        torch.distributed.destroy_process_group()
+
+    def _quieten(self) -> None:
+        """Libraries tell each of their decisions on every rank, and draw bars of their own; warnings stay."""
+        from deepspeed.utils import logger
+        from transformers.utils.logging import disable_progress_bar
+
+        logger.setLevel(logging.WARNING)
+        disable_progress_bar()
+        warnings.filterwarnings("ignore", message=".*is deprecated", module="torch.distributed")

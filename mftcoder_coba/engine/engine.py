@@ -1,0 +1,169 @@
+"""One interface to DeepSpeed for the training loop, the same for ZeRO stages 0 to 3."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from mftcoder_coba.config import TrainingConfig
+from mftcoder_coba.engine.distributed import Processes
+
+ENGINE_FOLDER = "engine"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """grad_norm: global norm of the gradient of L before clipping; skipped: it was not finite, nothing was changed."""
+
+    grad_norm: float
+    skipped: bool
+
+
+@contextlib.contextmanager
+def partitioned_loading(deepspeed_config: dict[str, Any]) -> Iterator[None]:
+    """Within it, transformers loads a model in parts under ZeRO-3, so that no rank ever holds all of it."""
+    if deepspeed_config["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    keep_alive = HfDeepSpeedConfig(deepspeed_config)
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del keep_alive
+
+
+class Engine:
+    """A module under DeepSpeed.
+
+    Args:
+        module: whose forward returns (loss, ...); its parameters that require gradients are trained.
+        deepspeed_config: from `build_deepspeed_config`.
+        training: optimizer settings.
+        trainable_only: checkpoints leave frozen parameters out.
+        external_parameters: (module, parameters) pairs: parameters that a module uses but another module owns.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        deepspeed_config: dict[str, Any],
+        training: TrainingConfig,
+        processes: Processes,
+        trainable_only: bool,
+        external_parameters: list[tuple[nn.Module, list[nn.Parameter]]],
+    ):
+        self.processes, self.trainable_only = processes, trainable_only
+        self.zero_stage = deepspeed_config["zero_optimization"]["stage"]
+        self.accumulation_steps = deepspeed_config["gradient_accumulation_steps"]
+        # DeepSpeed divides by the accumulation steps in backward and averages over ranks when it reduces. L is a sum over
+        # all micro-batches of all ranks, so both are undone here, and nowhere else.
+        self._loss_scale = float(self.accumulation_steps * processes.world_size)
+        if self.zero_stage == 3:
+            for user, parameters in external_parameters:
+                for parameter in parameters:
+                    deepspeed.zero.register_external_parameter(user, parameter)
+        # The rate is set at each step. Until then it is 0: DeepSpeed's bfloat16 optimizer of stage 0 takes a step with zero
+        # gradients to allocate its states, which must not decay the weights nor count in Adam's bias correction.
+        optimizer = torch.optim.AdamW(_parameter_groups(module, training.weight_decay), lr=0.0, betas=tuple(training.betas), fused=True)
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config, dist_init_required=False)
+        if self.zero_stage == 0:
+            optimizer.state.clear()
+        self._finite_check_is_ours = self.zero_stage == 0 and not self._engine.bfloat16_enabled()
+
+    @property
+    def module(self) -> nn.Module:
+        return self._engine.module
+
+    @property
+    def device(self) -> torch.device:
+        return self.processes.device
+
+    def forward(self, *inputs: Any) -> Any:
+        return self._engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of this micro-batch's part of L. One call per micro-batch, `accumulation_steps` per step."""
+        self._engine.backward(loss * self._loss_scale)
+
+    def accumulate(self) -> None:
+        """To be called after every micro-batch but the step's last, which `step` ends."""
+        self._engine.step()
+
+    def step(self, learning_rate: float) -> StepResult:
+        """Clips, and applies AdamW with `learning_rate`, unless the gradient norm is not finite: then nothing changes."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self._finite_check_is_ours:
+            return self._step_without_zero()
+        self._engine.step()
+        norm = float(self._engine.get_global_grad_norm())
+        skipped = bool(self._engine.optimizer.overflow)
+        return StepResult(norm, skipped)
+
+    def _step_without_zero(self) -> StepResult:
+        """Stage 0 in float32 is plain torch inside DeepSpeed, which looks at nothing before it steps."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients).item()
+        skipped = not torch.isfinite(torch.tensor(norm)).item()
+        if skipped:
+            self._engine.zero_grad()  # AdamW leaves parameters without a gradient alone
+        self._engine.step()
+        return StepResult(norm, skipped)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No gradients, no dropout."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
+
+    def save(self, folder: Path) -> None:
+        """Every rank writes its part of model and optimizer into `folder`, which is visible to all ranks."""
+        self._engine.save_checkpoint(str(folder), tag=ENGINE_FOLDER, save_latest=False, exclude_frozen_parameters=self.trainable_only)
+
+    def load(self, folder: Path) -> None:
+        """Reads what `save` wrote, on the same number of ranks and the same ZeRO stage."""
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag=ENGINE_FOLDER, load_module_strict=not self.trainable_only)
+        if loaded is None:
+            raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}")
+
+    def gather_state(self, model: nn.Module) -> dict[str, Tensor]:
+        """Full tensors of `model` (a part of `module`) on the CPU of rank 0, by name; empty elsewhere. With an adapter: the trainable ones.
+
+        Parameters are gathered one by one, so that memory holds one full parameter more than the result.
+        """
+        state: dict[str, Tensor] = {}
+        for name, parameter in model.named_parameters():
+            if self.trainable_only and not parameter.requires_grad:
+                continue
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
+                if self.processes.is_main:
+                    state[name] = parameter.detach().to("cpu", copy=True)
+        if self.processes.is_main and not self.trainable_only:
+            state.update({name: buffer.detach().to("cpu", copy=True) for name, buffer in model.named_buffers() if name in model.state_dict().keys()})
+        return state
+
+    def close(self) -> None:
+        self._engine.destroy()
+
+
+def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Norms and biases are not decayed."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]
+    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

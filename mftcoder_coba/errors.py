@@ -1,0 +1,44 @@
+"""Messages for people.
+
+A `UserError` is a mistake that the person at the keyboard can mend. The command line prints its three parts, without a
+traceback, and exits with code 2. Everything else that is raised is a defect of this program and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in what the user gave.
+
+    Args:
+        what: what was found and what is allowed, as one sentence.
+        where: the place: `file`, `file:line`, or a config path such as `data.tasks[1].train`.
+        fix: what to do next. Empty where `what` says it already.
+    """
+
+    exit_code = 2
+
+    def __init__(self, what: str, where: str = "", fix: str = ""):
+        super().__init__(what)
+        self.what, self.where, self.fix = what, where, fix
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.fix:
+            lines.append(f"  what to do: {self.fix}")
+        return "\n".join(lines)
+
+    def __reduce__(self):  # it crosses process borders when data is tokenised in parallel
+        return type(self), (self.what, self.where, self.fix)
+
+
+def suggestion(name: str, allowed: Iterable[str]) -> str:
+    """The end of an error message about an unknown `name`: the nearest allowed one, or all of them."""
+    names = sorted(allowed)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f'did you mean "{near[0]}"?' if near else "allowed: " + ", ".join(names)

@@ -1,0 +1,8 @@
+"""The model: loading, attention, adapters, and export in the formats that other tools load."""
+
+from mftcoder_coba.models.adapters import add_adapter, count_parameters
+from mftcoder_coba.models.attention import choose_attention
+from mftcoder_coba.models.export import write_export
+from mftcoder_coba.models.loading import load_model
+
+__all__ = ["add_adapter", "choose_attention", "count_parameters", "load_model", "write_export"]

@@ -1,0 +1,133 @@
+"""The module that DeepSpeed wraps: a causal language model and the multi-task loss in one forward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mftcoder_coba.errors import UserError
+from mftcoder_coba.objective.linear_cross_entropy import OutputTransform, linear_cross_entropy
+
+
+class MultiTaskObjective(nn.Module):
+    """A causal language model, asked for losses instead of logits.
+
+    Only supervised tokens reach the output layer, in chunks, so memory never grows with rows x length x vocabulary.
+
+    Args:
+        model: a Hugging Face causal language model, or a PEFT model around one.
+        num_tasks: K.
+
+    Raises:
+        UserError: the model's output layer is not a plain linear one.
+    """
+
+    def __init__(self, model: nn.Module, num_tasks: int):
+        super().__init__()
+        self.model = model
+        self.output_loss = OutputLoss(_causal_lm(model), num_tasks)
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, task_ids: Tensor, loss_weights: Tensor, task_factors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """One micro-batch; all but `task_factors` are [rows, length], see `data.batches.Batch`.
+
+        Args:
+            task_factors: [K] float64, w_k / N_k of this step; None: no loss is wanted.
+
+        Returns:
+            the micro-batch's part of L (scalar float32), and the sums S_k of this micro-batch ([K] float64, detached).
+        """
+        hidden = self.hidden_states(input_ids, position_ids)
+        supervised = labels.view(-1) >= 0
+        return self.output_loss(
+            hidden.reshape(-1, hidden.shape[-1])[supervised],
+            labels.view(-1)[supervised],
+            task_ids.view(-1)[supervised],
+            loss_weights.view(-1)[supervised],
+            task_factors,
+        )
+
+    def hidden_states(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        """Last hidden states [rows, length, width]. Documents are kept apart by their restarting positions: see `models.attention`."""
+        causal_lm = _causal_lm(self.model)
+        rows, length = input_ids.shape
+        if "flash" in causal_lm.config._attn_implementation:
+            # Its variable-length kernel finds documents in one flat row only.
+            input_ids, position_ids = input_ids.view(1, -1), position_ids.view(1, -1)
+        backbone = getattr(causal_lm, causal_lm.base_model_prefix)
+        hidden = backbone(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        return hidden.view(rows, length, -1)
+
+    @torch.no_grad()
+    def check_output_layer(self, input_ids: Tensor, position_ids: Tensor) -> None:
+        """Compares the losses computed here with those from the model's own logits, on a few tokens [1, length].
+
+        Raises:
+            UserError: they differ, so this model does something after its output layer that we do not know.
+        """
+        training = self.model.training
+        self.model.eval()
+        labels = input_ids.roll(-1, dims=1)[0, :-1]
+        task_ids, ones = torch.zeros_like(labels), torch.ones(len(labels), device=labels.device)
+        hidden = self.hidden_states(input_ids, position_ids)[0, :-1]
+        _, sums = self.output_loss(hidden, labels, task_ids, ones, None)
+        logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits[0, :-1].float()
+        expected = nn.functional.cross_entropy(logits, labels, reduction="sum").double()
+        self.model.train(training)
+        if not torch.isclose(sums.sum(), expected, rtol=2e-2 if hidden.dtype == torch.bfloat16 else 1e-4):
+            raise UserError(
+                f"the model's own logits give a loss of {expected.item() / len(labels):.4f} a token, its output layer alone {sums.sum().item() / len(labels):.4f}",
+                f"model architecture {type(_causal_lm(self.model)).__name__}",
+                "this architecture changes its logits in a way that is not known here; please report it",
+            )
+
+
+class OutputLoss(nn.Module):
+    """The output layer and the loss as one module, so that ZeRO-3 gathers the layer once, however many chunks a rank has.
+
+    The layer belongs to the model. It is not registered here a second time: checkpoints hold it once.
+    """
+
+    def __init__(self, causal_lm: nn.Module, num_tasks: int):
+        super().__init__()
+        layer = causal_lm.get_output_embeddings()
+        if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
+            raise UserError(
+                f"the output layer is {type(layer).__name__}, not a plain linear layer",
+                f"model architecture {type(causal_lm).__name__}",
+                "leave the output layer out of adapter.target_modules",
+            )
+        self._layer = (layer,)
+        self.num_tasks = num_tasks
+        self.transform = output_transform(causal_lm.config)
+
+    @property
+    def external_parameters(self) -> list[nn.Parameter]:
+        """Parameters used here but owned by the model."""
+        return list(self._layer[0].parameters())
+
+    def forward(
+        self, hidden: Tensor, labels: Tensor, task_ids: Tensor, loss_weights: Tensor, task_factors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """All [tokens, ...] of supervised tokens only; returns as `MultiTaskObjective.forward`."""
+        layer = self._layer[0]
+        factors = None if task_factors is None else (task_factors[task_ids] * loss_weights).float()
+        loss, token_losses = linear_cross_entropy(hidden, layer.weight, layer.bias, labels, factors, self.transform)
+        sums = torch.zeros(self.num_tasks, dtype=torch.float64, device=hidden.device)
+        sums.index_add_(0, task_ids, token_losses.double() * loss_weights)
+        return loss, sums
+
+
+def output_transform(config) -> OutputTransform:
+    """What an architecture's config says of its logits."""
+    config = config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0
+    if getattr(config, "logits_scaling", None):
+        scale = scale / config.logits_scaling
+    return OutputTransform(scale, getattr(config, "final_logit_softcapping", None))
+
+
+def _causal_lm(model: nn.Module) -> nn.Module:
+    """The causal language model inside PEFT's wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,0 +1,171 @@
+"""A run folder, read: the records of `metrics.jsonl` as columns, and the small JSON files beside them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mftcoder_coba.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Series:
+    """The records of one kind as columns, in the order of the file. NaN stands for null and for what a record does not hold."""
+
+    steps: NDArray[np.int64]  # [records]
+    values: dict[str, NDArray[np.float64]]  # name -> [records]
+    tasks: dict[str, dict[str, NDArray[np.float64]]]  # task -> name -> [records]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def value(self, name: str) -> NDArray[np.float64]:
+        return self.values.get(name, np.full(len(self), np.nan))
+
+    def of_task(self, task: str, name: str) -> NDArray[np.float64]:
+        return self.tasks.get(task, {}).get(name, np.full(len(self), np.nan))
+
+    def index_of(self, step: int) -> int | None:
+        """Where the last record of `step` is, or None."""
+        found = np.flatnonzero(self.steps == step)
+        return int(found[-1]) if len(found) else None
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """All records of a run. `tasks` are in the order in which they first appear."""
+
+    tasks: list[str]
+    train: Series
+    balancer: Series
+    validation: Series
+    events: list[dict[str, Any]]
+
+    @property
+    def last_step(self) -> int:
+        return int(max((series.steps.max() for series in (self.train, self.balancer, self.validation) if len(series)), default=0))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder. A file that the run has not written yet is an empty dict."""
+
+    folder: Path
+    metrics: Metrics
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    accounting: dict[str, Any]
+    best: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.setting("run.name") or self.folder.resolve().name
+
+    @property
+    def tasks(self) -> list[str]:
+        """The config's order, then tasks that only the records know."""
+        named = [task["name"] for task in self.setting("data.tasks") or []]
+        return list(dict.fromkeys(named + self.metrics.tasks))
+
+    def setting(self, path: str) -> Any:
+        """The config's value at `a.b`, or None."""
+        node: Any = self.config
+        for key in path.split("."):
+            node = node.get(key) if isinstance(node, dict) else None
+        return node
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run folder.
+
+    Raises:
+        UserError: `folder` is no run folder, or one of its files is broken.
+    """
+    metrics = read_metrics(folder)
+    return Run(folder, metrics, *(_read_object(folder / f"{name}.json") for name in ("config", "environment", "accounting", "best")))
+
+
+def read_metrics(folder: Path) -> Metrics:
+    """Reads `metrics.jsonl`. A torn last line, as a killed run leaves it, is not read.
+
+    Raises:
+        UserError: `folder` is no run folder, or a line other than the last is not a record.
+    """
+    if not folder.is_dir():
+        raise UserError("no such run folder", str(folder))
+    path = folder / METRICS_FILE
+    if not path.is_file():
+        raise UserError(f"is no run folder: it holds no {METRICS_FILE}", str(folder), "give the folder that `train` wrote, such as runs/NAME")
+    by_kind: dict[str, list[dict[str, Any]]] = {"train": [], "balancer": [], "validation": [], "event": []}
+    for _, record in read_lines(path):
+        by_kind.setdefault(record["kind"], []).append(record)
+    columns = {kind: _columns(by_kind[kind]) for kind in ("train", "balancer", "validation")}
+    tasks = list(dict.fromkeys(task for kind in ("validation", "train", "balancer") for task in columns[kind].tasks))
+    return Metrics(tasks, **columns, events=by_kind["event"])
+
+
+def read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """The whole lines of a metrics file, without their line end, each with its record.
+
+    Raises:
+        UserError: a line other than the last is not a record.
+    """
+    lines = path.read_bytes().split(b"\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        record = _parsed(line)
+        if record is not None:
+            records.append((line, record))
+        elif number < len(lines):
+            raise UserError("is not a record: a JSON object with `kind` and `step`", f"{path}:{number}", "remove this line, or restore the file")
+    return records
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:  # also: not UTF-8
+        return None
+    whole = isinstance(record, dict) and isinstance(record.get("kind"), str) and isinstance(record.get("step"), int)
+    return record if whole else None
+
+
+def _columns(records: list[dict[str, Any]]) -> Series:
+    steps = np.array([record["step"] for record in records], dtype=np.int64)
+    values: dict[str, NDArray[np.float64]] = {}
+    tasks: dict[str, dict[str, NDArray[np.float64]]] = {}
+
+    def put(columns: dict[str, NDArray[np.float64]], row: int, items: dict[str, Any]) -> None:
+        for name, value in items.items():
+            if isinstance(value, int | float):
+                if name not in columns:
+                    columns[name] = np.full(len(records), np.nan)
+                columns[name][row] = value
+
+    for row, record in enumerate(records):
+        put(values, row, record)
+        for task, items in record.get("tasks", {}).items():
+            put(tasks.setdefault(task, {}), row, items)
+    values.pop("step", None)
+    return Series(steps, values, tasks)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"is not JSON: {error}", str(path)) from None
+    if not isinstance(content, dict):
+        raise UserError("must be a JSON object { ... }", str(path))
+    return content

@@ -1,0 +1,172 @@
+"""All parts of a run, built from its config in the order in which data flows."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from mftcoder_coba.balancing import METHODS, Balancer, create, resolve
+from mftcoder_coba.config import Config
+from mftcoder_coba.data import BalancerStream, Batch, Corpus, TrainSchedule, collate
+from mftcoder_coba.engine import Engine, Processes, build_deepspeed_config
+from mftcoder_coba.engine.engine import partitioned_loading
+from mftcoder_coba.errors import UserError
+from mftcoder_coba.models import add_adapter, choose_attention, count_parameters, load_model
+from mftcoder_coba.objective import MultiTaskObjective
+from mftcoder_coba.planning import StepPlan, plan_steps
+from mftcoder_coba.training.validation import Validation
+
+
+@dataclass
+class Run:
+    """The parts of one run.
+
+    Attributes:
+        config: resolved: "auto" is replaced by what is used.
+        stream: the balancer's validation mini-batches; None if a task has no validation data.
+        stream_rows: rows of one of them, over all ranks.
+        parameters: "total" and "trainable" numbers.
+    """
+
+    config: Config
+    corpus: Corpus
+    tokenizer: PreTrainedTokenizerBase
+    processes: Processes
+    schedule: TrainSchedule
+    plan: StepPlan
+    engine: Engine
+    balancer: Balancer
+    validation: Validation
+    stream: BalancerStream | None
+    stream_rows: int
+    parameters: dict[str, int]
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of optimizer step `step` (1-based). Any number of ranks sees the same rows in a step."""
+        training, world_size = self.config.training, self.processes.world_size
+        first_row = (step - 1) * training.global_batch_rows
+        rows = training.micro_batch_rows
+        batches = []
+        for index in range(self.plan.accumulation_steps):
+            start = first_row + (index * world_size + self.processes.rank) * rows
+            stop = start + rows if self.plan.end_row is None else min(start + rows, self.plan.end_row)
+            batches.append(
+                collate(
+                    self.schedule.rows(start, stop) if start < stop else [],
+                    self.corpus.splits["train"],
+                    len(self.corpus.tasks),
+                    self.corpus.pad_token_id,
+                    training.reduction,
+                    rows_per_batch=rows,
+                    max_length=self.config.data.sequence_length,
+                    isolate=self.config.data.packing != "none",
+                )
+            )
+        return batches
+
+
+def assemble(config: Config, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, processes: Processes, stream_rows: int | None) -> Run:
+    """Builds the run.
+
+    Args:
+        stream_rows: rows of the balancer's global mini-batch; None: `validation.balancer_rows_per_rank` on each rank. A
+            resumed run keeps the number it began with, also on another number of ranks.
+
+    Raises:
+        UserError: settings that do not fit together, before the model is loaded where that can be known.
+    """
+    data = config.data
+    deepspeed_config = build_deepspeed_config(config, processes.world_size)
+    train = corpus.splits["train"]
+    shares = [task.share for task in data.tasks]
+    schedule = TrainSchedule(
+        [task.lengths for task in train], None if shares[0] is None else shares, config.run.order_seed, data.sequence_length, data.packing
+    )
+    plan = plan_steps(config, schedule, processes.world_size, deepspeed_config["gradient_accumulation_steps"])
+
+    valid = corpus.splits["valid"]
+    without = [name for name, task in zip(corpus.tasks, valid, strict=True) if len(task) == 0]
+    stream = None
+    stream_rows = stream_rows or processes.world_size * config.validation.balancer_rows_per_rank
+    if not without:
+        stream = BalancerStream([task.lengths for task in valid], config.run.seed, data.sequence_length, data.packing, stream_rows)
+    if stream is None and "validation_losses" in METHODS[config.balancer.kind].signals:
+        raise UserError(
+            f"the balancer {config.balancer.kind} needs validation data of every task; none for: {', '.join(without)}",
+            "data.tasks[].valid",
+            "name `valid` files, or raise data.valid_fraction",
+        )
+    coverage = stream.coverage if stream else 0
+    balancer_config = resolve(config.balancer, coverage)
+    balancer = create(balancer_config, corpus.tasks, coverage)
+
+    attention = choose_attention(config.model.attention, processes.device, config.model.dtype)
+    # Initial adapter values must not depend on what ran before.
+    random.seed(config.run.seed)
+    np.random.seed(config.run.seed)
+    torch.manual_seed(config.run.seed)
+    with partitioned_loading(deepspeed_config):
+        model = add_adapter(load_model(config.model, attention), config.adapter)
+    _check_sizes(model, tokenizer, config)
+    total, trainable = count_parameters(model)
+    objective = MultiTaskObjective(model, len(corpus.tasks))
+    engine = Engine(
+        objective,
+        deepspeed_config,
+        config.training,
+        processes,
+        trainable_only=config.adapter is not None,
+        external_parameters=[(objective.output_loss, objective.output_loss.external_parameters)],
+    )
+    objective.check_output_layer(*_first_tokens(corpus, processes.device))
+    validation = Validation(engine, valid, data.sequence_length, data.packing, config.training.micro_batch_rows, corpus.pad_token_id)
+    resolved = config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"attention": attention}),
+            "data": data.model_copy(update={"template": corpus.template_name}),
+            "balancer": balancer_config,
+            "deepspeed": deepspeed_config,
+        }
+    )
+    return Run(
+        config=resolved,
+        corpus=corpus,
+        tokenizer=tokenizer,
+        processes=processes,
+        schedule=schedule,
+        plan=plan,
+        engine=engine,
+        balancer=balancer,
+        validation=validation,
+        stream=stream,
+        stream_rows=stream_rows,
+        parameters={"total": total, "trainable": trainable},
+    )
+
+
+def _first_tokens(corpus: Corpus, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, positions), [1, at most 32] each, of the first training sample."""
+    ids, _ = corpus.splits["train"][0].sample(0)
+    ids = torch.from_numpy(np.array(ids[:32], dtype=np.int64))[None].to(device)
+    return ids, torch.arange(ids.shape[1], device=device)[None]
+
+
+def _check_sizes(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
+    size = model.config.get_text_config().vocab_size
+    if len(tokenizer) > size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {size}",
+            f"model.path = {config.model.path}",
+            "use the tokenizer that belongs to the model, or enlarge the embedding and save the model first",
+        )
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest and config.data.sequence_length > longest and not getattr(model.config, "rope_scaling", None):
+        raise UserError(
+            f"data.sequence_length is {config.data.sequence_length}, the model was made for at most {longest} positions",
+            "data.sequence_length",
+            "choose a smaller sequence_length, or a model for longer texts",
+        )

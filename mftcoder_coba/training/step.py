@@ -1,0 +1,109 @@
+"""One optimizer step of the multi-task objective (DESIGN: L = sum_k w_k S_k / N_k over the global batch)."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mftcoder_coba.balancing import Balancer
+from mftcoder_coba.data import Batch
+from mftcoder_coba.engine import Engine
+
+
+class WeightMismatchError(RuntimeError):
+    """Ranks computed different task weights; they would train different models."""
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one step did, the same on every rank.
+
+    losses: [K] S_k / N_k, NaN for tasks absent from the global batch. tokens: [K] supervised tokens. total_tokens: all
+    tokens but padding. weights: [K] used. loss: L. skipped: loss or gradient were not finite, nothing changed.
+    """
+
+    loss: float
+    losses: np.ndarray
+    tokens: np.ndarray
+    total_tokens: int
+    weights: np.ndarray
+    grad_norm: float
+    skipped: bool
+
+
+def forward(engine: Engine, batch: Batch, task_factors: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(this micro-batch's part of L, its sums S_k)."""
+    tensors = (batch.input_ids, batch.position_ids, batch.labels, batch.task_ids, batch.loss_weights)
+    return engine.forward(*(tensor.to(engine.device, non_blocking=True) for tensor in tensors), task_factors)
+
+
+def train_step(engine: Engine, balancer: Balancer, micro_batches: list[Batch], learning_rate: float) -> StepOutcome:
+    """Trains on this rank's `accumulation_steps` micro-batches of the step.
+
+    Three small all-reduces: the counts before the first backward; then sums and weight fingerprints before the last.
+
+    Raises:
+        WeightMismatchError: before the optimizer moves.
+    """
+    processes, device = engine.processes, engine.device
+    tasks = len(micro_batches[0].denominators)
+
+    counts = np.concatenate([sum(b.denominators for b in micro_batches), sum(b.tokens for b in micro_batches), [sum(b.total_tokens for b in micro_batches)]])
+    counts = processes.all_reduce_sum(torch.from_numpy(counts.astype(np.float64)).to(device)).cpu().numpy()
+    denominators, tokens, total_tokens = counts[:tasks], counts[tasks : 2 * tasks], int(counts[-1])
+
+    weights = balancer.weights(denominators)
+    present = denominators > 0
+    factors = np.divide(weights, denominators, out=np.zeros(tasks), where=present)
+    task_factors = torch.from_numpy(factors).to(device)
+
+    sums = torch.zeros(tasks, dtype=torch.float64, device=device)
+    for batch in micro_batches[:-1]:
+        loss, part = forward(engine, batch, task_factors)
+        sums += part
+        engine.backward(loss)
+        engine.accumulate()
+    loss, part = forward(engine, micro_batches[-1], task_factors)
+    proof = torch.zeros(processes.world_size, dtype=torch.float64, device=device)
+    proof[processes.rank] = _fingerprint(weights)
+    totals = processes.all_reduce_sum(torch.cat([sums + part, proof]))
+    # A loss that is not finite on any rank makes every rank's gradient NaN, which no ZeRO stage lets through to the
+    # optimizer. Decided on the device: reading it here would leave a GPU idle before its backward pass.
+    finite = torch.isfinite(totals[:tasks]).all()
+    engine.backward(loss * torch.where(finite, 1.0, torch.nan).to(loss.dtype))
+
+    host = totals.cpu().numpy()
+    _check_fingerprints(host[tasks:])
+    result = engine.step(learning_rate)
+    losses = np.divide(host[:tasks], denominators, out=np.full(tasks, np.nan), where=present)
+    return StepOutcome(
+        loss=float((weights * np.where(present, losses, 0.0)).sum()),
+        losses=losses,
+        tokens=tokens.astype(np.int64),
+        total_tokens=total_tokens,
+        weights=weights,
+        grad_norm=result.grad_norm,
+        skipped=result.skipped,
+    )
+
+
+def _fingerprint(weights: np.ndarray) -> float:
+    """48 bits of a hash of the weights' bytes, which a float64 holds exactly."""
+    return float(int.from_bytes(hashlib.blake2b(weights.astype(np.float64).tobytes(), digest_size=6).digest()))
+
+
+def _check_fingerprints(fingerprints: np.ndarray) -> None:
+    """fingerprints: [world size], one of each rank."""
+    values, counts = np.unique(fingerprints, return_counts=True)
+    if len(values) == 1:
+        return
+    # The majority is taken to be right; where there is none, rank 0.
+    right = values[counts.argmax()] if counts.max() > len(fingerprints) // 2 else fingerprints[0]
+    wrong = ", ".join(str(rank) for rank in np.flatnonzero(fingerprints != right))
+    raise WeightMismatchError(
+        f"the task weights of rank {wrong} differ from those of the other ranks. "
+        "They are computed from all-reduced sums and must be equal to the bit: look for a faulty machine or different package versions on it."
+    )

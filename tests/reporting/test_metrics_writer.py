@@ -1,0 +1,138 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mftcoder_coba.errors import UserError
+from mftcoder_coba.reporting import MetricsWriter
+from mftcoder_coba.reporting.metrics import scalars
+
+
+def train(step: int, **more) -> dict:
+    return {"kind": "train", "step": step, "loss": 2.0, "tasks": {"a": {"loss": 1.5, "tokens": 7, "weight": 0.25}}, **more}
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def write(folder: Path, steps: range, resume_step: int | None = None, tensorboard: bool = False) -> None:
+    with MetricsWriter(folder, tensorboard, None, resume_step) as writer:
+        for step in steps:
+            writer.write(train(step))
+
+
+def test_a_record_is_on_disk_before_the_writer_is_closed(tmp_path):
+    writer = MetricsWriter(tmp_path, tensorboard=False, wandb=None, resume_step=None)
+    writer.write(train(1))
+    assert lines(tmp_path) == [train(1)]
+    writer.close()
+
+
+def test_nan_and_infinity_are_written_as_null(tmp_path):
+    with MetricsWriter(tmp_path, False, None, None) as writer:
+        writer.write({"kind": "train", "step": 1, "loss": math.nan, "tasks": {"a": {"loss": math.inf}}})
+    (record,) = lines(tmp_path)
+    assert record["loss"] is None and record["tasks"]["a"]["loss"] is None
+
+
+def test_a_resumed_run_has_each_step_once_and_keeps_the_bytes_before(tmp_path):
+    write(tmp_path, range(1, 9))
+    before = (tmp_path / "metrics.jsonl").read_bytes().splitlines()[:5]
+    write(tmp_path, range(6, 11), resume_step=5)
+    assert [record["step"] for record in lines(tmp_path)] == list(range(1, 11))
+    assert (tmp_path / "metrics.jsonl").read_bytes().splitlines()[:5] == before
+
+
+@pytest.mark.parametrize("cut", [1, 2, 20])
+def test_a_torn_last_line_is_dropped_on_resume(tmp_path, cut):
+    write(tmp_path, range(1, 4))
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-cut])
+    write(tmp_path, range(4, 6), resume_step=3)
+    # Without its line end alone (cut 1) the third record is whole.
+    assert [record["step"] for record in lines(tmp_path)] == ([1, 2, 3, 4, 5] if cut == 1 else [1, 2, 4, 5])
+
+
+def test_a_broken_line_in_the_middle_is_named_and_nothing_is_cut(tmp_path):
+    write(tmp_path, range(1, 4))
+    path = tmp_path / "metrics.jsonl"
+    broken = path.read_bytes().replace(b'{"kind": "train", "step": 2', b"oops", 1)
+    path.write_bytes(broken)
+    with pytest.raises(UserError) as error:
+        MetricsWriter(tmp_path, False, None, resume_step=1)
+    assert error.value.where == f"{path}:2"
+    assert path.read_bytes() == broken
+
+
+def test_a_run_that_starts_anew_sets_the_old_metrics_aside(tmp_path):
+    write(tmp_path, range(1, 4))
+    write(tmp_path, range(1, 3))
+    assert len(lines(tmp_path)) == 2
+    assert len((tmp_path / "metrics.jsonl.old").read_text().splitlines()) == 3
+
+
+def test_an_unknown_kind_is_refused(tmp_path):
+    with MetricsWriter(tmp_path, False, None, None) as writer, pytest.raises(ValueError, match="trian"):
+        writer.write({"kind": "trian", "step": 1})
+
+
+def test_wandb_without_its_package_is_a_users_mistake_and_touches_nothing(tmp_path, monkeypatch):
+    write(tmp_path, range(1, 4))
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(UserError, match="wandb"):
+        MetricsWriter(tmp_path, False, "project", None)
+    assert len(lines(tmp_path)) == 3 and not (tmp_path / "wandb_id.txt").exists()
+
+
+def test_every_sink_gets_every_record(tmp_path):
+    seen = []
+
+    class Listener:
+        def write(self, record):
+            seen.append(record["step"])
+
+        def close(self):
+            seen.append("closed")
+
+    with MetricsWriter(tmp_path, False, None, None, also=[Listener()]) as writer:
+        writer.write(train(1))
+        writer.write({"kind": "event", "step": 2, "name": "best", "why": "lowest"})
+    assert seen == [1, 2, "closed"]
+
+
+def test_scalars_are_grouped_by_what_they_are_and_then_by_task():
+    assert scalars(train(3, learning_rate=1e-5)) == {
+        "train/loss": 2.0,
+        "train/learning_rate": 1e-5,
+        "train_loss/a": 1.5,
+        "train_tokens/a": 7.0,
+        "weight/a": 0.25,
+    }
+    balancer = {"rcs": 0.5, "acs": 0.25, "valid_loss": 1.0, "ratio": 0.5, "slope": -0.125, "weight": 0.5, "slot": 3}
+    assert scalars({"kind": "balancer", "step": 3, "df": 0.75, "alpha_max": None, "tasks": {"a": balancer}}) == {
+        "coba/df": 0.75,
+        "coba_rcs/a": 0.5,
+        "coba_acs/a": 0.25,
+        "balancer_loss/a": 1.0,
+        "balancer_ratio/a": 0.5,
+        "balancer_slope/a": -0.125,
+    }
+    validation = {
+        "kind": "validation",
+        "step": 3,
+        "mean_ratio": 0.5,
+        "loss": 1.0,
+        "tasks": {"a": {"loss": 1.0, "ratio": math.nan, "perplexity": 2.5, "tokens": 9}},
+    }
+    assert scalars(validation) == {"valid/mean_ratio": 0.5, "valid/loss": 1.0, "valid_loss/a": 1.0, "valid_perplexity/a": 2.5}
+
+
+def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
+    write(tmp_path, range(1, 9), tensorboard=True)
+    write(tmp_path, range(6, 11), resume_step=5, tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("weight/a")] == list(range(1, 11))
