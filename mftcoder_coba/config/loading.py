@@ -29,7 +29,9 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     tree = _load_layer(path, seen=())
     for override in overrides:
         _apply_override(tree, override)
-    # What the overrides name is relative to the current folder; everything from files is absolute by now.
+    # What the overrides name is relative to the current folder, and so is the default; everything from files is absolute by now.
+    if isinstance(tree.get("run"), dict):
+        tree["run"].setdefault("dir", "runs")
     tree = _absolute_paths(tree, Path.cwd(), "--set")
     return validate(tree, str(path))
 

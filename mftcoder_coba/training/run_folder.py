@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from mftcoder_coba.config import Config
 from mftcoder_coba.engine import Processes
 from mftcoder_coba.errors import UserError
@@ -37,10 +39,21 @@ class RunFolder:
                 probe.unlink()
             except OSError as error:
                 problem = f"the run folder cannot be written: {error.strerror}"
+            if not problem:
+                problem = self._lock()
             if not problem and not resuming and self.resume == "never" and (self.path / "metrics.jsonl").exists():
                 problem = "the run folder already holds a run, and checkpoint.resume is \"never\""
         if processes.any(bool(problem)):
             raise UserError(problem or "the run folder cannot be used", str(self.path), "choose another run.name or run.dir, or let checkpoint.resume be \"auto\"")
+
+    def _lock(self) -> str:
+        """Keeps other runs out until this process ends, however it ends; else tells why not."""
+        self._held = FileLock(self.path / ".lock")
+        try:
+            self._held.acquire(blocking=False)
+        except Timeout:
+            return "another run is writing to this run folder"
+        return ""
 
     def write_json(self, name: str, tree: dict[str, Any]) -> None:
         """Replaces a file by one rename: a reader never sees half of it."""
