@@ -12,7 +12,10 @@ import typer
 from mftcoder_coba.errors import UserError
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Fine-tune one large language model on many tasks, so that all converge together."
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Fine-tune one large language model on many tasks, so that all converge together.",
 )
 
 ConfigFile = Annotated[Path, typer.Option("--config", help="the experiment's JSON file")]

@@ -18,7 +18,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_ranks(file: str, function: str, world_size: int, *arguments: Any, timeout: int = 600, check: bool = True) -> list[subprocess.CompletedProcess]:
+def run_ranks(
+    file: str, function: str, world_size: int, *arguments: Any, timeout: int = 600, check: bool = True
+) -> list[subprocess.CompletedProcess]:
     """Calls `function(*arguments)` of a Python file on `world_size` processes; arguments travel as JSON.
 
     Returns:

@@ -110,7 +110,10 @@ def _absolute_paths(tree: dict[str, Any], folder: Path, source: str) -> dict[str
     data = tree.get("data")
     if isinstance(data, dict) and isinstance(data.get("tasks"), list):
         data["tasks"] = [
-            {key: [absolute(v) for v in value] if key in ("train", "valid", "test") and isinstance(value, list) else value for key, value in task.items()}
+            {
+                key: [absolute(v) for v in value] if key in ("train", "valid", "test") and isinstance(value, list) else value
+                for key, value in task.items()
+            }
             if isinstance(task, dict)
             else task
             for task in data["tasks"]
@@ -191,7 +194,20 @@ def _explain(error: ValidationError, source: str) -> UserError:
 
 
 # Names that pydantic adds to a location for the branch of a union that it tried.
-_BRANCHES = {"coba", "uniform", "proportional", "fixed", "int", "float", "str", "nullable", "constrained-int", "constrained-float", "literal['auto']", "list[str]"}
+_BRANCHES = {
+    "coba",
+    "uniform",
+    "proportional",
+    "fixed",
+    "int",
+    "float",
+    "str",
+    "nullable",
+    "constrained-int",
+    "constrained-float",
+    "literal['auto']",
+    "list[str]",
+}
 
 
 def _is_branch(part: Any) -> bool:

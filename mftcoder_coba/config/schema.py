@@ -61,7 +61,9 @@ class DataConfig(Section):
     sequence_length: Annotated[int, Field(ge=8)] = Field(2048, description="tokens of a row at most")
     packing: Literal["best_fit", "none"] = "best_fit"
     too_long: Literal["drop", "truncate"] = Field("drop", description="what happens to a sample of more than `sequence_length` tokens")
-    template: Literal["auto", "tokenizer", "mftcoder"] = Field("auto", description="auto: the tokenizer's chat template if it has one, else `mftcoder`")
+    template: Literal["auto", "tokenizer", "mftcoder"] = Field(
+        "auto", description="auto: the tokenizer's chat template if it has one, else `mftcoder`"
+    )
     on_error: Literal["stop", "skip"] = Field("stop", description="what happens at a line that cannot be read")
     cache_dir: str | None = Field(None, description="null: ~/.cache/mftcoder_coba")
 
@@ -91,7 +93,9 @@ class CobaConfig(Section):
     warmup: Positive | Literal["auto"] = Field("auto", description="W, in observations; auto: M")
     update_interval: Positive = Field(1, description="steps between two observations")
     slope: Literal["ols", "paired"] = "ols"
-    df_history: Literal["warmup", "all"] = Field("warmup", description="where the divergence factor's sum starts: at W, or at 1 as printed in the paper")
+    df_history: Literal["warmup", "all"] = Field(
+        "warmup", description="where the divergence factor's sum starts: at W, or at 1 as printed in the paper"
+    )
 
 
 class UniformConfig(Section):
@@ -122,7 +126,9 @@ class TrainingConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] = [0.9, 0.95]
     gradient_clipping: Annotated[float, Field(ge=0)] = Field(1.0, description="largest global gradient norm; 0: no clipping")
-    reduction: Literal["token", "sample"] = Field("token", description="a task's loss: mean over its tokens, or over its samples of their token means")
+    reduction: Literal["token", "sample"] = Field(
+        "token", description="a task's loss: mean over its tokens, or over its samples of their token means"
+    )
 
     @model_validator(mode="after")
     def _bounds(self) -> TrainingConfig:

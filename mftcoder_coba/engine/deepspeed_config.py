@@ -67,5 +67,9 @@ def _decide(tree: dict[str, Any], path: str, value: Any, source: str) -> None:
             raise UserError(f"must be an object, found {tree!r}", f"deepspeed.{parent}")
     given = tree.get(last, "auto")
     if given != "auto" and given != value:
-        raise UserError(f"is {given!r}, but {source} makes it {value!r}", f"deepspeed.{path}", "remove it from the DeepSpeed file; it is filled in from the config")
+        raise UserError(
+            f"is {given!r}, but {source} makes it {value!r}",
+            f"deepspeed.{path}",
+            "remove it from the DeepSpeed file; it is filled in from the config",
+        )
     tree[last] = value

@@ -37,7 +37,9 @@ class Processes:
         if self.device.type != "cpu":
             if self.local_rank >= get_accelerator().device_count():
                 raise UserError(
-                    f"process {self.local_rank} of this machine has no GPU: there are {get_accelerator().device_count()}", "the launcher", "start one process per GPU"
+                    f"process {self.local_rank} of this machine has no GPU: there are {get_accelerator().device_count()}",
+                    "the launcher",
+                    "start one process per GPU",
                 )
             get_accelerator().set_device(self.local_rank)
         deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
@@ -47,7 +49,7 @@ class Processes:
         return self.rank == 0
 
     def all_reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over ranks, in place; float64 in, so that the result does not depend on who adds first beyond rounding, and is the same bits on every rank."""
+        """Sum over ranks, in place: the same bits on every rank. Give float64, so that rounding stays far from what is measured."""
         torch.distributed.all_reduce(values)
         return values
 

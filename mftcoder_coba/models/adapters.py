@@ -29,7 +29,9 @@ def add_adapter(model: nn.Module, config: AdapterConfig | None) -> nn.Module:
         return get_peft_model(model, lora)
     except ValueError as error:
         names = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
-        raise UserError(str(error).splitlines()[0], f"adapter.target_modules = {config.target_modules!r}", f"linear layers of this model: {', '.join(names)}") from error
+        raise UserError(
+            str(error).splitlines()[0], f"adapter.target_modules = {config.target_modules!r}", f"linear layers of this model: {', '.join(names)}"
+        ) from error
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from mftcoder_coba.errors import UserError
 
 
 def choose_attention(wanted: str, device: torch.device, dtype: str) -> str:
-    """"auto" -> flash-attn where it is installed on a GPU and the dtype is bfloat16, else SDPA.
+    """ "auto" -> flash-attn where it is installed on a GPU and the dtype is bfloat16, else SDPA.
 
     Raises:
         UserError: flash_attention_2 is asked for where it cannot run.
@@ -25,6 +25,12 @@ def choose_attention(wanted: str, device: torch.device, dtype: str) -> str:
     if wanted == "auto":
         return "flash_attention_2" if usable else "sdpa"
     if wanted == "flash_attention_2" and not usable:
-        reason = "there is no GPU" if device.type != "cuda" else "the package flash-attn is not installed" if not installed else "it does not compute in float32"
+        reason = (
+            "there is no GPU"
+            if device.type != "cuda"
+            else "the package flash-attn is not installed"
+            if not installed
+            else "it does not compute in float32"
+        )
         raise UserError(f"flash_attention_2 cannot be used: {reason}", "model.attention", 'use "auto" or "sdpa"')
     return wanted

@@ -45,7 +45,11 @@ def load_model(config: ModelConfig, attention: str) -> nn.Module:
 def _explain(error: Exception, config: ModelConfig, where: str) -> UserError:
     text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if "trust_remote_code" in str(error):
-        return UserError("this model comes with Python code of its own, which is not run unless you allow it", where, "read that code, then set model.trust_remote_code = true")
+        return UserError(
+            "this model comes with Python code of its own, which is not run unless you allow it",
+            where,
+            "read that code, then set model.trust_remote_code = true",
+        )
     folder = Path(config.path)
     if folder.is_absolute() and not folder.exists():
         return UserError("no such folder", where)

@@ -67,7 +67,9 @@ def linear_cross_entropy(
     """
     chunk_tokens = max(1, chunk_elements // weight.shape[0])
     if factors is None or not torch.is_grad_enabled():
-        losses = [_chunk_losses(h, weight, bias, y, transform)[0] for h, y in zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True)]
+        losses = [
+            _chunk_losses(h, weight, bias, y, transform)[0] for h, y in zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
+        ]
         token_losses = torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
         return hidden.new_zeros((), dtype=torch.float32) if factors is None else (token_losses * factors).sum(), token_losses
     return _LinearCrossEntropy.apply(hidden, weight, bias, labels, factors, transform, chunk_tokens)

@@ -76,8 +76,9 @@ class MultiTaskObjective(nn.Module):
         expected = nn.functional.cross_entropy(logits, labels, reduction="sum").double()
         self.model.train(training)
         if not torch.isclose(sums.sum(), expected, rtol=2e-2 if hidden.dtype == torch.bfloat16 else 1e-4):
+            ours, theirs = sums.sum().item() / len(labels), expected.item() / len(labels)
             raise UserError(
-                f"the model's own logits give a loss of {expected.item() / len(labels):.4f} a token, its output layer alone {sums.sum().item() / len(labels):.4f}",
+                f"the model's own logits give a loss of {theirs:.4f} a token, its output layer alone {ours:.4f}",
                 f"model architecture {type(_causal_lm(self.model)).__name__}",
                 "this architecture changes its logits in a way that is not known here; please report it",
             )
@@ -107,9 +108,7 @@ class OutputLoss(nn.Module):
         """Parameters used here but owned by the model."""
         return list(self._layer[0].parameters())
 
-    def forward(
-        self, hidden: Tensor, labels: Tensor, task_ids: Tensor, loss_weights: Tensor, task_factors: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, hidden: Tensor, labels: Tensor, task_ids: Tensor, loss_weights: Tensor, task_factors: Tensor | None) -> tuple[Tensor, Tensor]:
         """All [tokens, ...] of supervised tokens only; returns as `MultiTaskObjective.forward`."""
         layer = self._layer[0]
         factors = None if task_factors is None else (task_factors[task_ids] * loss_weights).float()

@@ -48,6 +48,8 @@ class Progress:
         self._file, self._clock = file or sys.stdout, clock
         self._train: dict[str, Any] = {"step": 0, "tasks": {}}
         self._ratios: dict[str, float] = {}
+        # Small tasks are not in every step, and one step's loss is noisy: shown is the mean over the newest steps that have it.
+        self._losses = {task: deque[float](maxlen=max(1, log_every_steps)) for task in tasks}
         self._event_steps: dict[str, int] = {}  # name -> step of the newest event shown
         self._seen: deque[tuple[int, float]] = deque(maxlen=50)  # (step, time) of the newest steps: they tell the pace
         console = Console(file=self._file, force_terminal=terminal)
@@ -60,6 +62,10 @@ class Progress:
         kind = record["kind"]
         if kind == "train":
             self._train = record
+            for task, losses in self._losses.items():
+                loss = record["tasks"].get(task, {}).get("loss")
+                if loss is not None and math.isfinite(loss):
+                    losses.append(loss)
             self._seen.append((record["step"], self._clock()))
             if not self._live and (record["step"] % self.log_every_steps == 0 or record["step"] in (1, self.total_steps)):
                 self._print(self._line())
@@ -99,10 +105,14 @@ class Progress:
         for task in self.tasks:
             values = self._train["tasks"].get(task, {})
             ratio = f" ratio {self._ratios[task]:.2f}" if task in self._ratios else ""
-            tasks.append(f"{task} {_number(values.get('loss'), '.2f')} x{_number(values.get('weight'), '.2f')}{ratio}")
+            tasks.append(f"{task} {_number(self._loss(task), '.2f')} x{_number(values.get('weight'), '.2f')}{ratio}")
         left = self._seconds_left()
         time_left = [f"{_clock_time(left)} left"] if left else []
         return " | ".join([f"step {self._train['step']}/{self.total_steps}", *self._speed(), *time_left, *tasks])
+
+    def _loss(self, task: str) -> float | None:
+        losses = self._losses[task]
+        return sum(losses) / len(losses) if losses else None
 
     def _validation_line(self, record: dict[str, Any]) -> str:
         head = f"step {record['step']}/{self.total_steps} | validation: mean ratio {_number(record.get('mean_ratio'), '.3f')}"
@@ -134,7 +144,7 @@ class Progress:
         table = _table("task", "loss", "weight", "ratio")
         for task in self.tasks:
             values = self._train["tasks"].get(task, {})
-            table.add_row(task, _number(values.get("loss"), ".3f"), _number(values.get("weight"), ".3f"), _number(self._ratios.get(task), ".3f"))
+            table.add_row(task, _number(self._loss(task), ".3f"), _number(values.get("weight"), ".3f"), _number(self._ratios.get(task), ".3f"))
         return Group(head, Text(" | ".join(self._speed()), overflow="ellipsis", no_wrap=True), table)
 
 

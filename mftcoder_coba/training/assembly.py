@@ -82,7 +82,12 @@ def check_data(config: Config, corpus: Corpus) -> None:
 
 
 def assemble(
-    config: Config, deepspeed_config: dict[str, Any], corpus: Corpus, tokenizer: PreTrainedTokenizerBase, processes: Processes, stream_rows: int | None
+    config: Config,
+    deepspeed_config: dict[str, Any],
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    processes: Processes,
+    stream_rows: int | None,
 ) -> Run:
     """Builds the run.
 

@@ -1,7 +1,7 @@
 """Checkpoints of a run: written aside, published by one rename, pruned, found again.
 
-    checkpoints/step-000100/engine/...    DeepSpeed's part, one file set per rank
-    checkpoints/step-000100/state.json    everything else that advances, as plain values
+checkpoints/step-000100/engine/...    DeepSpeed's part, one file set per rank
+checkpoints/step-000100/state.json    everything else that advances, as plain values
 """
 
 from __future__ import annotations
@@ -72,7 +72,11 @@ class Checkpoints:
             return self.folder / f"step-{steps[-1]:06d}" if steps else None
         path = Path(resume)
         if not (path / STATE_FILE).is_file():
-            raise UserError(f"is not a complete checkpoint: it has no {STATE_FILE}", f"checkpoint.resume = {resume}", 'give a checkpoints/step-... folder, "auto" or "never"')
+            raise UserError(
+                f"is not a complete checkpoint: it has no {STATE_FILE}",
+                f"checkpoint.resume = {resume}",
+                'give a checkpoints/step-... folder, "auto" or "never"',
+            )
         return path
 
     @staticmethod

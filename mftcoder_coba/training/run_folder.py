@@ -42,9 +42,11 @@ class RunFolder:
             if not problem:
                 problem = self._lock()
             if not problem and not resuming and self.resume == "never" and (self.path / "metrics.jsonl").exists():
-                problem = "the run folder already holds a run, and checkpoint.resume is \"never\""
+                problem = 'the run folder already holds a run, and checkpoint.resume is "never"'
         if processes.any(bool(problem)):
-            raise UserError(problem or "the run folder cannot be used", str(self.path), "choose another run.name or run.dir, or let checkpoint.resume be \"auto\"")
+            raise UserError(
+                problem or "the run folder cannot be used", str(self.path), 'choose another run.name or run.dir, or let checkpoint.resume be "auto"'
+            )
 
     def _lock(self) -> str:
         """Keeps other runs out until this process ends, however it ends; else tells why not."""

@@ -51,7 +51,9 @@ def train_step(engine: Engine, balancer: Balancer, micro_batches: list[Batch], l
     processes, device = engine.processes, engine.device
     tasks = len(micro_batches[0].denominators)
 
-    counts = np.concatenate([sum(b.denominators for b in micro_batches), sum(b.tokens for b in micro_batches), [sum(b.total_tokens for b in micro_batches)]])
+    counts = np.concatenate(
+        [sum(b.denominators for b in micro_batches), sum(b.tokens for b in micro_batches), [sum(b.total_tokens for b in micro_batches)]]
+    )
     counts = processes.all_reduce_sum(torch.from_numpy(counts.astype(np.float64)).to(device)).cpu().numpy()
     denominators, tokens, total_tokens = counts[:tasks], counts[tasks : 2 * tasks], int(counts[-1])
 

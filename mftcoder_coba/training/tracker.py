@@ -32,6 +32,7 @@ class Tracker:
         folder.write_json("environment.json", environment(run, command))
         accounting = {task: {split: part.to_dict() for split, part in splits.items()} for task, splits in run.corpus.accounting.items()}
         folder.write_json("accounting.json", accounting)
+        print("\n".join(overview(run, folder)), flush=True)
         progress = Progress(run.plan.total_steps, list(self.tasks), tracking.log_every_steps)
         self.writer = MetricsWriter(folder.path, tracking.tensorboard, tracking.wandb, resume_step, also=[progress])
 
@@ -53,7 +54,12 @@ class Tracker:
         for name, tokens in zip(self.tasks, outcome.tokens, strict=True):
             if tokens == 0 and name not in self.seen_absent:
                 self.seen_absent.add(name)
-                self.event(step, "absent_task", f"{name} has no supervised token in this step's global batch; it contributes 0. Told once; the report counts all", task=name)
+                self.event(
+                    step,
+                    "absent_task",
+                    f"{name} has no supervised token in this step's global batch; it contributes 0. Told once; the report counts all",
+                    task=name,
+                )
 
     def balancer(self, step: int) -> None:
         self._write("balancer", step, **self.run.balancer.record())
@@ -82,6 +88,33 @@ class Tracker:
 
     def _by_task(self, **columns: np.ndarray) -> dict[str, dict[str, Any]]:
         return {name: {key: _plain(column[index]) for key, column in columns.items()} for index, name in enumerate(self.tasks)}
+
+
+def overview(run: Run, folder: RunFolder) -> list[str]:
+    """The numbers that follow from config and data, each with its calculation, a line each."""
+    config, plan, processes = run.config, run.plan, run.processes
+    total, trained = run.parameters["total"], run.parameters["trainable"]
+    kind = f"{config.adapter.kind}, rank {config.adapter.rank}" if config.adapter else "all"
+    micro = config.training.micro_batch_rows
+    epochs = plan.total_steps * plan.global_batch_rows / plan.rows_per_epoch
+    accounting = [run.corpus.accounting[task]["train"].used for task in run.corpus.tasks]
+    lines = [
+        f"run         {folder.path}",
+        f"model       {total:,} parameters, {trained:,} trained ({kind}); {config.model.dtype}, attention {config.model.attention}",
+        f"processes   {processes.world_size} on {processes.device.type}, ZeRO-{config.zero_stage}",
+        "tasks       " + ", ".join(f"{task} {used.samples:,} samples" for task, used in zip(run.corpus.tasks, accounting, strict=True)),
+        f"a step      {plan.global_batch_rows} rows = {micro} in a micro-batch x {processes.world_size} ranks "
+        f"x {plan.accumulation_steps} micro-batches; a row has at most {config.data.sequence_length} tokens",
+        f"steps       {plan.total_steps} = {epochs:.2f} epochs of {plan.rows_per_epoch:,} rows; learning rate rises over {plan.warmup_steps}",
+    ]
+    if run.stream:
+        lines.append(
+            f"validation  {len(run.validation.rows):,} rows every {config.validation.every_steps} steps; "
+            f"{run.stream.coverage} mini-batches of about {run.stream_rows} rows cover them"
+        )
+    if config.balancer.kind == "coba":
+        lines.append(f"coba        slopes over N = {config.balancer.window} observations, weights from observation W = {config.balancer.warmup} on")
+    return lines
 
 
 def environment(run: Run, command: list[str]) -> dict[str, Any]:

@@ -157,7 +157,11 @@ class Loop:
             self.folder.write_best(self.run.processes, self.best, ratios)
         elif self.best.exhausted:
             self.stopped_early = True
-            self.tracker.event(self.step, "early_stop", f"{self.best.validations_since} validations without a better {self.best.config.criterion} than at step {self.best.step}")
+            self.tracker.event(
+                self.step,
+                "early_stop",
+                f"{self.best.validations_since} validations without a better {self.best.config.criterion} than at step {self.best.step}",
+            )
 
     def export(self, why: str) -> None:
         """The model of this step becomes `export/`, so that a run that is killed later leaves its best model."""

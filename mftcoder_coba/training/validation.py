@@ -48,7 +48,9 @@ class Validation:
             for index in range(passes):
                 start = (index * processes.world_size + processes.rank) * width
                 part = rows[start : start + width]
-                batch = collate(part, self.data, tasks, self.pad_token_id, "token", max(1, len(part)), max_length=self.sequence_length, isolate=self.isolate)
+                batch = collate(
+                    part, self.data, tasks, self.pad_token_id, "token", max(1, len(part)), max_length=self.sequence_length, isolate=self.isolate
+                )
                 sums += forward(self.engine, batch, None)[1]
                 counts += batch.tokens
         totals = processes.all_reduce_sum(torch.cat([sums, torch.from_numpy(counts).to(sums.device)])).cpu().numpy()

@@ -27,7 +27,9 @@ def measure(variant: str) -> None:
     from mftcoder_coba.objective import MultiTaskObjective
 
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=LENGTH)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=LENGTH
+    )
     objective = MultiTaskObjective(LlamaForCausalLM(config), 1)
     ids = torch.randint(VOCABULARY, (1, LENGTH))
     positions, zeros = torch.arange(LENGTH)[None], torch.zeros_like(ids)

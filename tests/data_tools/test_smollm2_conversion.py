@@ -67,7 +67,7 @@ def test_the_tokenizer_keeps_code_splits_digits_and_knows_its_special_tokens(fol
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = "def f(x):\n    \"\"\"Déjà vu\"\"\"\n\n\treturn x  + 1234\r\n"
+    text = 'def f(x):\n    """Déjà vu"""\n\n\treturn x  + 1234\r\n'
     ids = tokenizer(text).input_ids
     assert tokenizer.decode(ids) == text
     assert tokenizer.convert_ids_to_tokens(tokenizer("1234").input_ids) == ["1", "2", "3", "4"]

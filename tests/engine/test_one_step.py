@@ -82,7 +82,9 @@ def test_the_data_is_as_uneven_as_it_should_be():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("variant", ["stage=3 adapter=lora", "stage=2 adapter=lora", "stage=2 reduction=sample", "stage=3 gradient_checkpointing=True"])
+@pytest.mark.parametrize(
+    "variant", ["stage=3 adapter=lora", "stage=2 adapter=lora", "stage=2 reduction=sample", "stage=3 gradient_checkpointing=True"]
+)
 def test_adapters_sample_means_and_checkpointing_do_not_depend_on_the_layout(results, layout, variant):
     reference, ours = results["1 x 8"][variant], results[layout][variant]
     assert largest_relative_difference(ours["gradients"], reference["gradients"]) <= 1e-5
@@ -112,5 +114,9 @@ def test_bfloat16_steps_agree_between_stages_within_its_precision(results, stage
         ours = results[layout][f"stage={stage} dtype=bfloat16"]
         assert ours["grad_norm"] == pytest.approx(reference["grad_norm"], rel=0.02)
         # One AdamW step moves nearly every parameter by the learning rate: the first step's bias correction is right.
-        moved = [(ours["parameters"][key].float() - reference["parameters"][key]).abs().mean().item() for key in reference["parameters"] if "norm" not in key]
+        moved = [
+            (ours["parameters"][key].float() - reference["parameters"][key]).abs().mean().item()
+            for key in reference["parameters"]
+            if "norm" not in key
+        ]
         assert max(moved) < 5e-4

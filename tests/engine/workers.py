@@ -60,7 +60,7 @@ def data() -> tuple[list[TaskData], list[list[tuple[int, int]]]]:
     rows = []
     for number in range(ROWS):
         row = []
-        for task in ([2] if number == 5 else [[0], [1, 0], [0, 1, 0], [1]][number % 4]):
+        for task in [2] if number == 5 else [[0], [1, 0], [0, 1, 0], [1]][number % 4]:
             length = int(generator.integers(4, 14))
             mask = np.zeros(length, bool)
             mask[int(generator.integers(1, length)) :] = True

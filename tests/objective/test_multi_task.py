@@ -67,7 +67,15 @@ def test_only_supervised_tokens_reach_the_output_layer():
 @pytest.mark.parametrize("adapter", [False, True])
 def test_no_tensor_of_tokens_times_vocabulary_is_ever_made(adapter):
     vocabulary, length = 50_000, 4096
-    model = tiny_model("llama", vocab_size=vocabulary, hidden_size=16, num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=1, max_position_embeddings=length)
+    model = tiny_model(
+        "llama",
+        vocab_size=vocabulary,
+        hidden_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_hidden_layers=1,
+        max_position_embeddings=length,
+    )
     if adapter:
         model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     objective = MultiTaskObjective(model, 1)

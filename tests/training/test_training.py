@@ -43,7 +43,15 @@ def full_run(run):
 
 
 def test_every_task_learns_and_the_run_folder_holds_what_it_promises(full_run):
-    for name in ("config.json", "environment.json", "accounting.json", "metrics.jsonl", "best.json", "export/model.safetensors", "report/report.html"):
+    for name in (
+        "config.json",
+        "environment.json",
+        "accounting.json",
+        "metrics.jsonl",
+        "best.json",
+        "export/model.safetensors",
+        "report/report.html",
+    ):
         assert (full_run / name).is_file(), name
     assert list((full_run / "tensorboard").iterdir()) and list((full_run / "report").glob("*.png"))
     before, *_, last = records(full_run, "validation")
@@ -106,7 +114,11 @@ def test_an_adapter_run_exports_an_adapter_that_peft_loads(run):
         ("padded", 2, ["data.packing=none", "model.gradient_checkpointing=true", "balancer.slope=paired", "balancer.window=40"]),
         ("plain", 1, ["balancer.kind=uniform", "deepspeed.zero_optimization.stage=0", "training.reduction=sample"]),
         ("proportional", 2, ["balancer.kind=proportional", "deepspeed.zero_optimization.stage=1", "model.attention=eager", "model.dtype=bfloat16"]),
-        ("fixed", 1, ['balancer={"kind": "fixed", "weights": {"count": 1, "reverse": 2, "upper": 1}}', LORA, "training.max_steps=null", "training.epochs=1.5"]),
+        (
+            "fixed",
+            1,
+            ['balancer={"kind": "fixed", "weights": {"count": 1, "reverse": 2, "upper": 1}}', LORA, "training.max_steps=null", "training.epochs=1.5"],
+        ),
     ],
 )
 def test_other_settings_train_as_well(run, name, processes, changes):
@@ -132,7 +144,15 @@ def test_an_epoch_uses_every_sample_once_and_ends_in_a_short_step(run, toy):
 @pytest.mark.parametrize("name, changes", [("zero2", []), ("zero3-lora", [LORA, "deepspeed.zero_optimization.stage=3"])])
 def test_a_run_that_was_ended_goes_on_from_its_checkpoint_as_if_nothing_had_happened(run, name, changes):
     straight = run(f"{name}-straight", 2, *changes)
-    stopped = run(f"{name}-resumed", 2, *changes, "training.max_steps=12", "validation.early_stopping.patience=1", "validation.early_stopping.criterion=task:upper", "checkpoint.keep=9")
+    stopped = run(
+        f"{name}-resumed",
+        2,
+        *changes,
+        "training.max_steps=12",
+        "validation.early_stopping.patience=1",
+        "validation.early_stopping.criterion=task:upper",
+        "checkpoint.keep=9",
+    )
     # Cut back to the middle: what a run killed after step 6 leaves, with records of steps that no checkpoint holds.
     for step in stopped.glob("checkpoints/step-*"):
         if step.name != "step-000006":
@@ -161,7 +181,15 @@ def test_weights_are_the_same_bits_on_four_ranks_and_the_run_proves_it(run):
 
 
 def test_early_stopping_keeps_the_best_step(run):
-    folder = run("stopped", 1, "training.learning_rate=3.0", "training.max_steps=40", "validation.every_steps=1", "validation.early_stopping.patience=2", "balancer.kind=uniform")
+    folder = run(
+        "stopped",
+        1,
+        "training.learning_rate=3.0",
+        "training.max_steps=40",
+        "validation.every_steps=1",
+        "validation.early_stopping.patience=2",
+        "balancer.kind=uniform",
+    )
     events = records(folder, "event")
     assert events[-1]["name"] == "early_stop"
     validations = {record["step"]: record["mean_ratio"] for record in records(folder, "validation") if record["step"]}

@@ -100,7 +100,10 @@ CASES = {
     "deepspeed contradicts": (setting("deepspeed.gradient_clipping", 5.0), ["deepspeed.gradient_clipping", "5.0", "1.0"]),
     "deepspeed decides the optimizer": (setting("deepspeed.optimizer", {"type": "Adam"}), ["deepspeed.optimizer", "training.learning_rate"]),
     "a run name that leaves its folder": (setting("run.name", "../x"), ["run.name"]),
-    "fixed weights of unknown tasks": (setting("balancer", {"kind": "fixed", "weights": {"count": 1, "revers": 1}}), ["balancer.weights", "reverse", "revers"]),
+    "fixed weights of unknown tasks": (
+        setting("balancer", {"kind": "fixed", "weights": {"count": 1, "revers": 1}}),
+        ["balancer.weights", "reverse", "revers"],
+    ),
 }
 # Found when the model is there, which takes a process group.
 LATE = {
