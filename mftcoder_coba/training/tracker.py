@@ -113,7 +113,13 @@ def overview(run: Run, folder: RunFolder) -> list[str]:
             f"{run.stream.coverage} mini-batches of about {run.stream_rows} rows cover them"
         )
     if config.balancer.kind == "coba":
-        lines.append(f"coba        slopes over N = {config.balancer.window} observations, weights from observation W = {config.balancer.warmup} on")
+        window, warmup, interval = config.balancer.window, config.balancer.warmup, config.balancer.update_interval
+        lines.append(f"coba        slopes over N = {window} observations, weights from observation W = {warmup} on, one every {interval} steps")
+        if warmup * interval >= plan.total_steps:
+            lines.append(
+                f"warning     the run ends at step {plan.total_steps}, before CoBa's warm-up of {warmup * interval} steps: all weights stay equal. "
+                "Raise validation.balancer_rows_per_rank, or lower balancer.warmup"
+            )
     return lines
 
 
