@@ -166,7 +166,7 @@ class BalancerStream:
         if packing == "none":
             self._set_slots([_cut(order, np.ones(len(order)), max(1, rows // len(lengths))) for order in orders])
             return
-        for fill in self.FILLS:
+        for fill in (*self.FILLS, self.FILLS[0]):  # where one sample of each task is too much already, nothing is gained by small slots
             tokens = fill * rows * sequence_length / len(lengths)
             self._set_slots([_cut(order, of_task[order], tokens) for order, of_task in zip(orders, lengths, strict=True)])
             tried = min(self.coverage, self.TRIED)
@@ -182,7 +182,8 @@ class BalancerStream:
         """Observation 0, 1, 2, ... -> (its rows, the slot of each task int64 [tasks])."""
         slots = np.array([observation % count for count in self.slots_per_task], np.int64)
         documents = [(task, sample) for task, slot in enumerate(slots.tolist()) for sample in self._slots[task][slot].tolist()]
-        return _longest_first(documents, self._lengths, self._sequence_length, self._packing), slots
+        rows = _longest_first(documents, self._lengths, self._sequence_length, self._packing)
+        return _evened_out(rows, self._lengths, self._sequence_length), slots
 
 
 def validation_rows(lengths: list[np.ndarray], sequence_length: int, packing: str) -> list[Row]:
@@ -197,6 +198,18 @@ def _longest_first(documents: Row, lengths: list[np.ndarray], sequence_length: i
     sizes = [int(lengths[task][sample]) for task, sample in documents]
     order, starts = PACKERS[packing](sizes, sequence_length, max(1, len(sizes)))
     return [[documents[index] for index in order[start:stop]] for start, stop in zip(starts[:-1], starts[1:], strict=True)]
+
+
+def _evened_out(rows: list[Row], lengths: list[np.ndarray], sequence_length: int) -> list[Row]:
+    """The same documents in as many rows of nearly equal length: short rows beside a long one are padding, and ranks wait for
+    the slowest. Each document, the longest first, goes to the shortest row; where that does not fit, rows stay as they were."""
+    even: list[Row] = [[] for _ in rows]
+    filled = [0] * len(rows)
+    for task, sample in sorted((document for row in rows for document in row), key=lambda document: (-lengths[document[0]][document[1]], document)):
+        shortest = filled.index(min(filled))
+        even[shortest].append((task, sample))
+        filled[shortest] += int(lengths[task][sample])
+    return even if max(filled, default=0) <= sequence_length else rows
 
 
 def _shuffled(size: int, *stream: int) -> np.ndarray:

@@ -177,3 +177,17 @@ def test_full_validation_sees_every_sample_once(packing):
     rows = validation_rows(lengths((30, 0, 7)), LENGTH, packing)
     assert Counter(documents(rows)) == Counter(everything((30, 0, 7)))
     assert rows == validation_rows(lengths((30, 0, 7)), LENGTH, packing)
+
+
+def test_rows_of_a_mini_batch_are_nearly_equally_long_and_hold_each_document_once():
+    generator = np.random.default_rng(3)
+    lengths = [generator.integers(20, 200, count) for count in (60, 40, 15)]
+    stream = BalancerStream(lengths, seed=1, sequence_length=256, packing="best_fit", rows=4)
+    for observation in range(stream.coverage):
+        rows, slots = stream.mini_batch(observation)
+        documents = sorted(document for row in rows for document in row)
+        expected = sorted((task, int(sample)) for task, slot in enumerate(slots) for sample in stream._slots[task][slot])
+        assert documents == expected
+        filled = [sum(lengths[task][sample] for task, sample in row) for row in rows]
+        longest = max(lengths[task][sample] for task, sample in documents)
+        assert max(filled) <= 256 and max(filled) - min(filled) <= longest
