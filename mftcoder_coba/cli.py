@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from mftcoder_coba.errors import UserError
+from mftcoder_coba.errors import RunFailure, UserError
 
 app = typer.Typer(
     add_completion=False,
@@ -71,7 +71,7 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
     try:
         app(args=arguments)
-    except UserError as error:
+    except (UserError, RunFailure) as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)

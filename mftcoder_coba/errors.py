@@ -1,7 +1,8 @@
 """Messages for people.
 
-A `UserError` is a mistake that the person at the keyboard can mend. The command line prints its three parts, without a
-traceback, and exits with code 2. Everything else that is raised is a defect of this program and keeps its traceback.
+A `UserError` is a mistake that the person at the keyboard can mend: exit code 2. A `RunFailure` is a run that cannot go on
+through no fault of its config: exit code 1. The command line prints both without a traceback. Everything else that is raised
+is a defect of this program and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -35,6 +36,12 @@ class UserError(Exception):
 
     def __reduce__(self):  # it crosses process borders when data is tokenised in parallel
         return type(self), (self.what, self.where, self.fix)
+
+
+class RunFailure(RuntimeError):
+    """A run that cannot go on. The message says what happened, what is saved where, and what to look at."""
+
+    exit_code = 1
 
 
 def suggestion(name: str, allowed: Iterable[str]) -> str:

@@ -11,9 +11,10 @@ import torch
 from mftcoder_coba.balancing import Balancer
 from mftcoder_coba.data import Batch
 from mftcoder_coba.engine import Engine
+from mftcoder_coba.errors import RunFailure
 
 
-class WeightMismatchError(RuntimeError):
+class WeightMismatchError(RunFailure):
     """Ranks computed different task weights; they would train different models."""
 
 

@@ -15,6 +15,7 @@ from mftcoder_coba.balancing import Signals
 from mftcoder_coba.config import Config
 from mftcoder_coba.data import load_tokenizer, prepare
 from mftcoder_coba.engine import Processes, build_deepspeed_config, launched_world_size
+from mftcoder_coba.errors import RunFailure
 from mftcoder_coba.models import write_export
 from mftcoder_coba.training.assembly import Run, assemble, check_data
 from mftcoder_coba.training.checkpoints import Checkpoints
@@ -26,10 +27,6 @@ from mftcoder_coba.training.tracker import Tracker
 
 # Steps in a row without a finite loss and gradient after which going on makes no sense.
 MAX_SKIPPED_IN_A_ROW = 3
-
-
-class TrainingStoppedError(RuntimeError):
-    """The run cannot go on; its last good state is saved."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,8 @@ def train(config: Config, command: list[str]) -> TrainingResult:
         command: the command line, for `environment.json`.
 
     Raises:
-        UserError, TrainingStoppedError, WeightMismatchError
+        UserError: see the rooms that read what the user gave.
+        RunFailure: numbers that are not finite, or ranks that disagree.
     """
     # What can be found wrong without data or model is found first.
     deepspeed_config = build_deepspeed_config(config, launched_world_size())
@@ -120,7 +118,7 @@ class Loop:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if outcome.skipped else 0
         if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
             self.save()
-            raise TrainingStoppedError(
+            raise RunFailure(
                 f"loss or gradient were not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {self.step}; none of them changed the model. "
                 f"The last good state is {self.checkpoints.folder}/step-{self.step:06d}. Lower the learning rate, or look at the data of these steps."
             )
