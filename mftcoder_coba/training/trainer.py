@@ -116,7 +116,7 @@ class Loop:
         outcome = train_step(run.engine, run.balancer, run.micro_batches(self.step), rate)
         self.tracker.train(self.step, outcome, rate, time.perf_counter() - started)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if outcome.skipped else 0
-        if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             self.save()
             raise RunFailure(
                 f"loss or gradient were not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {self.step}; none of them changed the model. "
