@@ -8,7 +8,7 @@ usage() {
 bash launch/quickstart.sh [--model PATH_OR_HUB_ID] [--steps N] [--scratch]
 
   --model PATH_OR_HUB_ID   another model than SmolLM2-135M-Instruct
-  --steps N                optimizer steps (default: as in the config, 60; with --scratch 80)
+  --steps N                optimizer steps (default: as in the config, 48; with --scratch 80)
   --scratch                a tiny model and its tokenizer from zero, in about a minute
   --help                   this text
 

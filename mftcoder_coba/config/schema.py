@@ -60,7 +60,9 @@ class DataConfig(Section):
     valid_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
     sequence_length: Annotated[int, Field(ge=8)] = Field(2048, description="tokens of a row at most")
     packing: Literal["best_fit", "none"] = "best_fit"
-    too_long: Literal["drop", "truncate"] = Field("drop", description="what happens to a sample of more than `sequence_length` tokens")
+    too_long: Literal["drop", "truncate"] = Field(
+        "drop", description="what happens to a sample of more than `sequence_length` tokens; a cut one keeps its start, or else its first answer"
+    )
     template: Literal["auto", "tokenizer", "mftcoder"] = Field(
         "auto", description="auto: the tokenizer's chat template if it has one, else `mftcoder`"
     )

@@ -31,7 +31,7 @@ from mftcoder_coba.data.templates import Template, choose, fingerprint, load_tok
 from mftcoder_coba.data.tokenising import Recipe, build_entry
 from mftcoder_coba.errors import UserError
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 SPLITS = ("train", "valid", "test")
 
 

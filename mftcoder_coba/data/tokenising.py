@@ -167,11 +167,27 @@ class Tokenise:
             if self.recipe.too_long == "drop":
                 outcome.fate = Fate.TOO_LONG
                 return
-            ids, mask, outcome.kept_tokens = ids[:limit], mask[:limit], limit
+            start = kept_window(mask, limit)
+            ids, mask, outcome.kept_tokens = ids[start : start + limit], mask[start : start + limit], limit
         if mask[1:].any():
             outcome.encoded = ids, mask
         else:
             outcome.fate = Fate.WITHOUT_SUPERVISION
+
+
+def kept_window(mask: np.ndarray, limit: int) -> int:
+    """Where the `limit` tokens that are kept of a longer sample begin.
+
+    At its start, if there is something to learn in them. Else so that they end with the first answer, behind the end of its
+    prompt; an answer of more than half of them begins in their middle.
+
+    Args:
+        mask: bool [length], supervised tokens.
+    """
+    if mask[1:limit].any() or not mask.any():
+        return 0
+    start, end = (int(place) for place in spans_of(mask)[:2])
+    return min(start - limit // 2, end - limit)
 
 
 def content_hash(messages: list[Message]) -> int:

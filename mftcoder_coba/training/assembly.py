@@ -77,7 +77,7 @@ def check_data(config: Config, corpus: Corpus) -> None:
         raise UserError(
             f"the balancer {config.balancer.kind} needs validation data of every task; none for: {', '.join(without)}",
             "data.tasks[].valid",
-            "name `valid` files, or raise data.valid_fraction",
+            "name `valid` files, or raise data.valid_fraction; `prepare` shows what became of every validation sample",
         )
 
 

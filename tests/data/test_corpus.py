@@ -13,6 +13,7 @@ from mftcoder_coba.config import DataConfig
 from mftcoder_coba.data.corpus import prepare
 from mftcoder_coba.data.formats import parse_line
 from mftcoder_coba.data.templates import choose, load_tokenizer
+from mftcoder_coba.data.tokenising import kept_window
 from mftcoder_coba.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,6 +89,30 @@ def test_skipped_lines_are_exactly_the_broken_ones_and_listed(build, tmp_path):
     assert any("train.jsonl:4" in line for line in found.lines())
 
 
+@pytest.mark.parametrize(
+    "prompt, answer, start",
+    [
+        (3, 20, 0),  # the first tokens hold a part of the answer: it is cut at its end
+        (30, 4, 24),  # they do not: the end of the prompt, and the answer whole
+        (30, 40, 25),  # the answer is too long as well: its beginning, behind as much of the prompt
+        (30, 0, 0),  # nothing to learn anywhere
+    ],
+)
+def test_a_truncated_sample_keeps_something_to_learn(prompt, answer, start):
+    mask = np.array([False] * prompt + [True] * answer)
+    assert kept_window(mask, 10) == start
+    assert mask[start : start + 10].any() == (answer > 0)
+
+
+def test_a_long_prompt_is_cut_in_front_of_its_answer(build):
+    line = json.dumps({"chat_rounds": [{"role": "human", "content": "long " * 80}, {"role": "bot", "content": "x"}]})
+    corpus = build([line], too_long="truncate", valid_fraction=0.0, sequence_length=48)
+    data, found = corpus.splits["train"][0], corpus.accounting["math"]["train"]
+    assert data.lengths.tolist() == [48] and found.truncated.samples == found.used.samples == 1
+    ids, mask = data.sample(0)
+    assert mask[-1] and mask.sum() == data.supervised[0] < 10
+
+
 @pytest.mark.parametrize("too_long", ["drop", "truncate"])
 def test_the_sums_of_the_accounting_add_up_on_mixed_data(build, too_long):
     lines = [sample(n, "word " * (n % 40)) for n in range(200)] + ["{}", sample(3, "word " * 3), json.dumps({"chat_rounds": 1})]
@@ -105,7 +130,7 @@ def test_the_sums_of_the_accounting_add_up_on_mixed_data(build, too_long):
     cut = train.truncated.samples + valid.truncated.samples
     dropped = train.too_long.samples + valid.too_long.samples
     assert (cut > 0, dropped > 0) == (too_long == "truncate", too_long == "drop")
-    assert train.without_supervision.samples + valid.without_supervision.samples == (1 if too_long == "truncate" else 0)
+    assert train.without_supervision.samples + valid.without_supervision.samples == 0
 
 
 def test_equal_samples_land_on_one_side_of_the_split(build):
@@ -149,7 +174,6 @@ def test_whatever_changes_the_tokens_makes_a_new_entry(build, tmp_path):
     [
         (["", "  "], {}, "the task is empty"),
         ([sample(0, "word " * 90)], {}, "1 read, of which 1 are longer than sequence_length"),
-        ([sample(0, "word " * 90).replace("say", "say " * 90)], {"too_long": "truncate"}, "1 have no supervised tokens"),
         (["{", "{"], {"on_error": "skip"}, "2 could not be read"),
         ([sample(0)], {"valid_fraction": 0.999999}, "1 fell to validation"),
     ],

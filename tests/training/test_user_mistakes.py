@@ -58,7 +58,13 @@ def empty_task(tree, folder):
 
 
 def without_supervision(tree, folder):
-    tree["data"] |= {"sequence_length": 8, "too_long": "truncate"}
+    """Questions, and no answer to learn."""
+    lines = [json.dumps({"chat_rounds": [{"role": "human", "content": f"question {number}"}]}) for number in range(9)]
+    (folder / "data" / "upper" / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+
+
+def only_too_long(tree, folder):
+    tree["data"]["sequence_length"] = 8
 
 
 def two_of_one_name(tree, folder):
@@ -92,7 +98,8 @@ CASES = {
     "missing file": (missing_file, ["data/absent.jsonl", "data.tasks[1].train (reverse)"]),
     "missing model": (setting("model.path", "./nowhere"), ["nowhere"]),
     "empty task": (empty_task, ["empty", "data.tasks[2].train (upper)"]),
-    "no supervised tokens": (without_supervision, ["no usable training sample", "no supervised tokens", "data.tasks["]),
+    "no supervised tokens": (without_supervision, ["must end with an assistant turn", "upper/train.jsonl:1"]),
+    "no usable sample": (only_too_long, ["no usable training sample", "longer than sequence_length (8 tokens)", "data.tasks["]),
     "two tasks of one name": (two_of_one_name, ["two tasks have the name count"]),
     "coba without validation data": (no_validation_data, ["coba needs validation data", "upper"]),
     "rows that do not divide": (setting("training.global_batch_rows", 7), ["global_batch_rows (7)", "micro_batch_rows (2)"]),
