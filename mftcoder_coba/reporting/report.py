@@ -101,7 +101,10 @@ def _accounting(run: Run) -> dict[str, Any]:
     for task, counts in run.accounting.items():
         splits = isinstance(counts, dict) and counts and all(isinstance(value, dict) for value in counts.values())
         parts = counts if splits else {"": counts if isinstance(counts, dict) else {"value": counts}}
-        rows.extend((f"{task} {part}".rstrip(), dict(_flat(content))) for part, content in parts.items())
+        for part, content in parts.items():
+            # A list, such as the skipped lines, is a number here; the row's name says task and split.
+            counted = {key: len(value) if isinstance(value, list) else value for key, value in content.items() if key not in ("task", "split")}
+            rows.append((f"{task} {part}".rstrip(), dict(_flat(counted))))
     columns = list(dict.fromkeys(name for _, content in rows for name in content))
     return {"columns": columns, "rows": rows}
 
