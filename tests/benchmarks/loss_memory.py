@@ -1,6 +1,6 @@
 """Peak memory of the loss: supervised tokens in chunks, against full logits.
 
-    python tests/benchmarks/loss_memory.py
+    PYTHONPATH=. python tests/benchmarks/loss_memory.py
 
 Tiny Llama, vocabulary 50,000, one row of 4,096 tokens, all supervised: the case in which nothing is saved by leaving
 unsupervised tokens out. Each variant runs in a process of its own; memory is its peak above that of a pass through the same

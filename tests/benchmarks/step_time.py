@@ -1,6 +1,6 @@
 """Step time: CoBa over uniform weights, and training over a bare PyTorch loop on as many tokens.
 
-    python tests/benchmarks/step_time.py --model MODEL_FOLDER --data FOLDER_OF_TASKS [--rows 8] [--stage 2]
+    PYTHONPATH=. python tests/benchmarks/step_time.py --model MODEL_FOLDER --data FOLDER_OF_TASKS [--rows 8] [--stage 2]
 
 One process, full parameters, float32, packed rows of 512 tokens. FOLDER_OF_TASKS/TASK/{train,valid}.jsonl are in MFTCoder's
 format. All variants live in one process and take turns step by step, and what is printed are ratios of medians: a machine

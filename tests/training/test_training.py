@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from toy import TASKS
@@ -206,3 +207,9 @@ def test_losses_of_a_task_are_finite_numbers_in_the_log(full_run):
     log = (full_run / "log.txt").read_text(encoding="utf-8")
     assert "loss before" in log and str(full_run / "export") in log and str(full_run / "report" / "report.html") in log
     assert all(np.isfinite(record["loss"]) for record in records(full_run, "train"))
+
+
+def test_two_runs_never_write_to_one_folder(full_run, toy, command_line):
+    with FileLock(full_run / ".lock"):
+        result = command_line(1, "train", "--config", str(toy / "toy.json"), "--set", "run.name=full")
+    assert result.returncode == 2 and "another run is writing to this run folder" in result.stderr
