@@ -74,10 +74,12 @@ def check_data(config: Config, corpus: Corpus) -> None:
     """Raises UserError where the balancer needs validation data that some task does not have."""
     without = [name for name, task in zip(corpus.tasks, corpus.splits["valid"], strict=True) if len(task) == 0]
     if without and "validation_losses" in METHODS[config.balancer.kind].signals:
+        found = [corpus.accounting[name]["valid"].lines()[0] if "valid" in corpus.accounting[name] else f"{name}/valid: no files" for name in without]
         raise UserError(
-            f"the balancer {config.balancer.kind} needs validation data of every task; none for: {', '.join(without)}",
+            f"the balancer {config.balancer.kind} needs validation data of every task; there is none for {', '.join(without)}\n  "
+            + "\n  ".join(found),
             "data.tasks[].valid",
-            "name `valid` files, or raise data.valid_fraction; `prepare` shows what became of every validation sample",
+            'name `valid` files, or raise data.valid_fraction; for samples that are too long, data.too_long = "truncate"',
         )
 
 

@@ -76,6 +76,11 @@ def no_validation_data(tree, folder):
     tree["data"]["valid_fraction"] = 0.0
 
 
+def too_long_validation(tree, folder):
+    line = json.dumps({"chat_rounds": [{"role": "human", "content": "long " * 99}, {"role": "bot", "content": "x"}]})
+    (folder / "data" / "upper" / "valid.jsonl").write_text(line, encoding="utf-8")
+
+
 def missing_file(tree, folder):
     tree["data"]["tasks"][1]["train"] = ["data/absent.jsonl"]
 
@@ -102,6 +107,10 @@ CASES = {
     "no usable sample": (only_too_long, ["no usable training sample", "longer than sequence_length (8 tokens)", "data.tasks["]),
     "two tasks of one name": (two_of_one_name, ["two tasks have the name count"]),
     "coba without validation data": (no_validation_data, ["coba needs validation data", "upper"]),
+    "validation samples that are all too long": (
+        too_long_validation,
+        ["coba needs validation data", "upper/valid: 0 of 1 samples used", "1 too long"],
+    ),
     "rows that do not divide": (setting("training.global_batch_rows", 7), ["global_batch_rows (7)", "micro_batch_rows (2)"]),
     "broken line": (broken_line, ["train.jsonl:7"]),
     "deepspeed contradicts": (setting("deepspeed.gradient_clipping", 5.0), ["deepspeed.gradient_clipping", "5.0", "1.0"]),
