@@ -34,13 +34,13 @@ def train(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from mftcoder_coba.training import train as run_training
 
-    result = run_training(loaded, sys.argv)
-    if result.is_main:
+    run_dir = run_training(loaded, sys.argv)
+    if run_dir:
         from mftcoder_coba.reporting import print_final_table
         from mftcoder_coba.reporting.report import build_report
 
-        page = build_report(result.run_dir)
-        print_final_table(result.run_dir, {"adapter" if loaded.adapter else "model": result.run_dir / "export", "report": page})
+        page = build_report(run_dir)
+        print_final_table(run_dir, {"adapter" if loaded.adapter else "model": run_dir / "export", "report": page})
 
 
 @app.command()

@@ -26,8 +26,9 @@ class StepPlan:
     end_row: int | None
 
     @property
-    def steps_per_epoch(self) -> float:
-        return self.rows_per_epoch / self.global_batch_rows
+    def epochs(self) -> float:
+        """Passes over the data that all steps make."""
+        return self.total_steps * self.global_batch_rows / self.rows_per_epoch if self.end_row is None else self.end_row / self.rows_per_epoch
 
 
 def plan_steps(config: Config, schedule: TrainSchedule, world_size: int, accumulation_steps: int) -> StepPlan:

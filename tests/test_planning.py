@@ -19,13 +19,13 @@ def plan(training, samples=50):
 
 def test_epochs_become_steps_and_the_last_step_may_be_short():
     found = plan({"epochs": 1})
-    assert (found.rows_per_epoch, found.total_steps, found.end_row, found.steps_per_epoch) == (50, 7, 50, 6.25)
+    assert (found.rows_per_epoch, found.total_steps, found.end_row, found.epochs) == (50, 7, 50, 1.0)
 
 
 def test_max_steps_is_an_upper_bound():
     assert plan({"epochs": 3, "max_steps": 5}).total_steps == 5 and plan({"epochs": 3, "max_steps": 5}).end_row is None
     assert plan({"epochs": 1, "max_steps": 500}).total_steps == 7
-    assert plan({"epochs": None, "max_steps": 500}).total_steps == 500
+    assert plan({"epochs": None, "max_steps": 500}).total_steps == 500 and plan({"epochs": None, "max_steps": 500}).epochs == 80.0
 
 
 @pytest.mark.parametrize("given, steps", [(0.1, 10), (0.0, 0), (25, 25), (1, 1)])

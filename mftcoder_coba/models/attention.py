@@ -15,7 +15,7 @@ from mftcoder_coba.errors import UserError
 
 
 def choose_attention(wanted: str, device: torch.device, dtype: str) -> str:
-    """ "auto" -> flash-attn where it is installed on a GPU and the dtype is bfloat16, else SDPA.
+    """For "auto": flash-attn where it is installed on a GPU and the dtype is bfloat16, else SDPA.
 
     Raises:
         UserError: flash_attention_2 is asked for where it cannot run.

@@ -1,5 +1,5 @@
 """One step, validation, early stopping, checkpoints, and the loop on one page (`trainer`)."""
 
-from mftcoder_coba.training.trainer import TrainingResult, train
+from mftcoder_coba.training.trainer import train
 
-__all__ = ["TrainingResult", "train"]
+__all__ = ["train"]

@@ -96,16 +96,16 @@ def overview(run: Run, folder: RunFolder) -> list[str]:
     total, trained = run.parameters["total"], run.parameters["trainable"]
     kind = f"{config.adapter.kind}, rank {config.adapter.rank}" if config.adapter else "all"
     micro = config.training.micro_batch_rows
-    epochs = plan.total_steps * plan.global_batch_rows / plan.rows_per_epoch
     accounting = [run.corpus.accounting[task]["train"].used for task in run.corpus.tasks]
+    counted = zip(run.corpus.tasks, accounting, run.schedule.passes_per_epoch, strict=True)
     lines = [
         f"run         {folder.path}",
         f"model       {total:,} parameters, {trained:,} trained ({kind}); {config.model.dtype}, attention {config.model.attention}",
         f"processes   {processes.world_size} on {processes.device.type}, ZeRO-{config.zero_stage}",
-        "tasks       " + ", ".join(f"{task} {used.samples:,} samples" for task, used in zip(run.corpus.tasks, accounting, strict=True)),
+        "tasks       " + ", ".join(f"{task} {used.samples:,} samples x {passes:.3g} an epoch" for task, used, passes in counted),
         f"a step      {plan.global_batch_rows} rows = {micro} in a micro-batch x {processes.world_size} ranks "
         f"x {plan.accumulation_steps} micro-batches; a row has at most {config.data.sequence_length} tokens",
-        f"steps       {plan.total_steps} = {epochs:.2f} epochs of {plan.rows_per_epoch:,} rows; learning rate rises over {plan.warmup_steps}",
+        f"steps       {plan.total_steps} = {plan.epochs:.2f} epochs of {plan.rows_per_epoch:,} rows; learning rate rises over {plan.warmup_steps}",
     ]
     if run.stream:
         lines.append(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +28,14 @@ from mftcoder_coba.training.tracker import Tracker
 MAX_SKIPPED_IN_A_ROW = 3
 
 
-@dataclass(frozen=True)
-class TrainingResult:
-    """run_dir; best_step: step of the exported model, None if none was exported; last_step; stopped_early; is_main: of this process."""
-
-    run_dir: Path
-    best_step: int | None
-    last_step: int
-    stopped_early: bool
-    is_main: bool
-
-
-def train(config: Config, command: list[str]) -> TrainingResult:
+def train(config: Config, command: list[str]) -> Path | None:
     """Trains as `config` says, from the start or from a checkpoint.
 
     Args:
         command: the command line, for `environment.json`.
+
+    Returns:
+        the run folder, on rank 0; None on the others, which have nothing left to do.
 
     Raises:
         UserError: see the rooms that read what the user gave.
@@ -75,11 +66,10 @@ def train(config: Config, command: list[str]) -> TrainingResult:
         loop.run_to_end()
     finally:
         tracker.close()
-    result = TrainingResult(folder.path, loop.best.step, loop.step, loop.stopped_early, processes.is_main)
     run.engine.close()
     processes.barrier()
     processes.close()
-    return result
+    return folder.path if processes.is_main else None
 
 
 class Loop:
