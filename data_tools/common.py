@@ -14,14 +14,14 @@ from typing import Any
 
 from filelock import FileLock
 
-from mftcoder_coba.errors import UserError
+from mftcoder_coba.errors import RunFailure, UserError
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a command and exits: 0 on success, 2 with a message, but no traceback, on a user's mistake."""
+    """Runs a command and exits: 0 on success; with a message, but no traceback, 2 on a user's mistake and 1 on a failure."""
     try:
         main()
-    except UserError as error:
+    except (UserError, RunFailure) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mftcoder_coba.errors import RunFailure, UserError
+
+if TYPE_CHECKING:
+    from mftcoder_coba.config import Config
+    from mftcoder_coba.data import Corpus, TrainSchedule
 
 app = typer.Typer(
     add_completion=False,
@@ -48,13 +52,39 @@ def prepare(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B00
     """Read and tokenise the data into the cache, and show what becomes of every sample."""
     from mftcoder_coba.config import load_config
 
-    loaded = load_config(config, overrides)
-    from mftcoder_coba import data
+    _prepared(load_config(config, overrides))
 
-    corpus = data.prepare(loaded.data, loaded.model.path, loaded.model.trust_remote_code)
-    for splits in corpus.accounting.values():
-        for part in splits.values():
-            print("\n".join(part.lines()))
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = [],  # noqa: B006
+    gpus: Annotated[int, typer.Option(min=1, help="processes of the run")] = 1,
+) -> None:
+    """Show the mixture of the tasks, the steps and the balancer's numbers of a run before it starts."""
+    from mftcoder_coba.config import load_config
+
+    loaded = load_config(config, overrides)
+    from mftcoder_coba import planning
+    from mftcoder_coba.balancing import resolve
+
+    planning.accumulation_steps(loaded, gpus)  # what is wrong without data is told before it is read
+    corpus, schedule = _prepared(loaded)
+    rows = gpus * loaded.validation.balancer_rows_per_rank
+    stream = planning.balancer_stream(loaded, corpus.splits["valid"], rows)
+    resolved = loaded.model_copy(update={"balancer": resolve(loaded.balancer, stream.coverage if stream else 0)})
+    print("\n".join(planning.step_lines(resolved, planning.plan_steps(loaded, schedule, gpus), stream, rows)))
+
+
+def _prepared(config: Config) -> tuple[Corpus, TrainSchedule]:
+    """The tokenised data and its order, after telling about both."""
+    from mftcoder_coba import data, planning
+    from mftcoder_coba.reporting.data_tables import print_data
+
+    corpus = data.prepare(config.data, config.model.path, config.model.trust_remote_code)
+    schedule = planning.training_schedule(config, corpus.splits["train"])
+    print_data(planning.accounting(config, corpus, schedule))
+    return corpus, schedule
 
 
 @app.command()

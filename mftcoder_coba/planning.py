@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
 
 from mftcoder_coba.config import Config
-from mftcoder_coba.data import TrainSchedule
+from mftcoder_coba.data import BalancerStream, Corpus, TaskData, TrainSchedule, padded_length, shares_of
+from mftcoder_coba.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,30 @@ class StepPlan:
         return self.total_steps * self.global_batch_rows / self.rows_per_epoch if self.end_row is None else self.end_row / self.rows_per_epoch
 
 
-def plan_steps(config: Config, schedule: TrainSchedule, world_size: int, accumulation_steps: int) -> StepPlan:
-    """Steps of a run from its config and its training data."""
+def accumulation_steps(config: Config, world_size: int) -> int:
+    """Micro-batches of one step on one rank.
+
+    Raises:
+        UserError: the rows of a step cannot be divided among the ranks.
+    """
+    training = config.training
+    rows_at_once = training.micro_batch_rows * world_size
+    if training.global_batch_rows % rows_at_once:
+        raise UserError(
+            f"global_batch_rows ({training.global_batch_rows}) is not a multiple of micro_batch_rows x ranks "
+            f"({training.micro_batch_rows} x {world_size} = {rows_at_once})",
+            "training.global_batch_rows",
+            f"for {world_size} ranks take a multiple of {world_size} for global_batch_rows and a micro_batch_rows that divides the quotient",
+        )
+    return training.global_batch_rows // rows_at_once
+
+
+def plan_steps(config: Config, schedule: TrainSchedule, world_size: int) -> StepPlan:
+    """Steps of a run from its config and its training data.
+
+    Raises:
+        UserError: see `accumulation_steps`.
+    """
     training = config.training
     total_steps, end_row = training.max_steps, None
     if training.epochs is not None:
@@ -45,9 +71,140 @@ def plan_steps(config: Config, schedule: TrainSchedule, world_size: int, accumul
     return StepPlan(
         world_size=world_size,
         global_batch_rows=training.global_batch_rows,
-        accumulation_steps=accumulation_steps,
+        accumulation_steps=accumulation_steps(config, world_size),
         rows_per_epoch=schedule.rows_in_epoch(0),
         total_steps=total_steps,
         warmup_steps=round(warmup * total_steps) if warmup < 1 else round(warmup),
         end_row=end_row,
     )
+
+
+def training_schedule(config: Config, train: list[TaskData]) -> TrainSchedule:
+    """The order of the training rows, from the config and the samples of each task."""
+    data, sizes = config.data, [len(task) for task in train]
+    shares = shares_of([task.share for task in data.tasks], sizes, data.temperature)
+    return TrainSchedule([task.lengths for task in train], shares, config.run.order_seed, data.sequence_length, data.packing)
+
+
+def balancer_stream(config: Config, valid: list[TaskData], rows: int) -> BalancerStream | None:
+    """The balancer's validation mini-batches of `rows` rows over all ranks; None if a task has no validation data."""
+    if not all(len(task) for task in valid):
+        return None
+    return BalancerStream([task.lengths for task in valid], config.run.seed, config.data.sequence_length, config.data.packing, rows)
+
+
+@dataclass(frozen=True)
+class TaskMixture:
+    """A task's part of the first epoch.
+
+    Attributes:
+        passes: how often each of its samples is seen.
+        token_share: its part of all tokens; supervised_share: of all supervised ones.
+        documents_per_step: in a global batch, on average; fewest and most: over the epoch's full steps (all, if there is no full one).
+        steps_without: full steps in whose global batch it is absent.
+    """
+
+    documents: int
+    passes: float
+    tokens: int
+    token_share: float
+    supervised_tokens: int
+    supervised_share: float
+    documents_per_step: float
+    fewest: int
+    most: int
+    steps_without: int
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The first epoch as rows and steps.
+
+    Attributes:
+        fill: tokens over places: a micro-batch is as wide as its longest row, the rest is padding.
+        steps_per_epoch: the last one may be short.
+    """
+
+    documents: int
+    tokens: int
+    rows: int
+    fill: float
+    global_batch_rows: int
+    steps_per_epoch: float
+    tasks: dict[str, TaskMixture]
+
+
+def accounting(config: Config, corpus: Corpus, schedule: TrainSchedule) -> dict[str, Any]:
+    """What becomes of every sample and what the first epoch is made of, as plain values: the file `accounting.json`."""
+    tasks = {task: {split: part.to_dict() for split, part in splits.items()} for task, splits in corpus.accounting.items()}
+    return {"tasks": tasks, "mixture": asdict(mixture(config, corpus, schedule))}
+
+
+def mixture(config: Config, corpus: Corpus, schedule: TrainSchedule) -> Mixture:
+    """What the first epoch is made of, counted in its own order."""
+    train, epoch, batch_rows = corpus.splits["train"], schedule.epoch(0), config.training.global_batch_rows
+    row = np.repeat(np.arange(len(epoch), dtype=np.int32), np.diff(epoch.starts))
+    full_steps = max(1, len(epoch) // batch_rows)
+    lengths, supervised = np.zeros(len(row), np.int32), np.zeros(len(row), np.int32)
+    for number, task in enumerate(train):
+        of_task = epoch.tasks == number
+        lengths[of_task], supervised[of_task] = task.lengths[epoch.samples[of_task]], task.supervised[epoch.samples[of_task]]
+    tasks = {}
+    for number, name in enumerate(corpus.tasks):
+        of_task = epoch.tasks == number
+        per_step = np.bincount(row[of_task] // batch_rows, minlength=full_steps)[:full_steps]
+        tasks[name] = TaskMixture(
+            documents=int(of_task.sum()),
+            passes=schedule.passes_per_epoch[number],
+            tokens=int(lengths[of_task].sum()),
+            token_share=float(lengths[of_task].sum() / lengths.sum()),
+            supervised_tokens=int(supervised[of_task].sum()),
+            supervised_share=float(supervised[of_task].sum() / supervised.sum()),
+            documents_per_step=float(per_step.mean()),
+            fewest=int(per_step.min()),
+            most=int(per_step.max()),
+            steps_without=int((per_step == 0).sum()),
+        )
+    return Mixture(
+        documents=len(row),
+        tokens=int(lengths.sum()),
+        rows=len(epoch),
+        fill=float(lengths.sum() / _places(np.bincount(row, lengths).astype(np.int64), config)),
+        global_batch_rows=batch_rows,
+        steps_per_epoch=len(epoch) / batch_rows,
+        tasks=tasks,
+    )
+
+
+def _places(row_lengths: np.ndarray, config: Config) -> int:
+    """Tokens and padding of all micro-batches."""
+    rows = config.training.micro_batch_rows
+    firsts = np.arange(0, len(row_lengths), rows)
+    longest = np.maximum.reduceat(row_lengths, firsts)
+    widths = [padded_length(int(length), config.data.sequence_length) for length in longest]
+    return int(np.dot(widths, np.minimum(rows, len(row_lengths) - firsts)))
+
+
+def step_lines(config: Config, plan: StepPlan, stream: BalancerStream | None, stream_rows: int) -> list[str]:
+    """The numbers of steps and validation, each with its calculation, a line each. `config.balancer` has its numbers, not "auto"."""
+    training, validation = config.training, config.validation
+    lines = [
+        f"a step      {plan.global_batch_rows} rows = {training.micro_batch_rows} in a micro-batch x {plan.world_size} ranks "
+        f"x {plan.accumulation_steps} micro-batches; a row has at most {config.data.sequence_length} tokens",
+        f"steps       {plan.total_steps} = {plan.epochs:.2f} epochs of {plan.rows_per_epoch:,} rows; learning rate rises over {plan.warmup_steps}",
+    ]
+    if stream:
+        slots = ", ".join(f"{name} {count}" for name, count in zip(config.data.task_names, stream.slots_per_task, strict=True))
+        lines.append(
+            f"validation  every {validation.every_steps} steps; "
+            f"M = {stream.coverage} balancer mini-batches of about {stream_rows} rows cover the data ({slots})"
+        )
+    if config.balancer.kind == "coba":
+        window, warmup, interval = config.balancer.window, config.balancer.warmup, config.balancer.update_interval
+        lines.append(f"coba        slopes over N = {window} observations, weights from observation W = {warmup} on, one every {interval} steps")
+        if warmup * interval >= plan.total_steps:
+            lines.append(
+                f"warning     the run ends at step {plan.total_steps}, before CoBa's warm-up of {warmup * interval} steps: all weights stay equal. "
+                "Raise validation.balancer_rows_per_rank, or lower balancer.warmup"
+            )
+    return lines

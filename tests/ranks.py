@@ -42,6 +42,8 @@ def run_ranks(
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": "1",
                 "PYTHONPATH": str(ROOT),
+                # As the launcher finds them: another ninja would make DeepSpeed compile its extension again.
+                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             }
             command = [sys.executable, __file__, str(Path(file).resolve()), function, json.dumps(arguments)]
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT))

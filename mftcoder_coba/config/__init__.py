@@ -2,6 +2,8 @@
 
 from mftcoder_coba.config.loading import load_config, validate
 from mftcoder_coba.config.schema import (
+    FIELD_PAIRS,
+    FORMAT_FIELDS,
     AdapterConfig,
     BalancerConfig,
     CheckpointConfig,
@@ -10,6 +12,7 @@ from mftcoder_coba.config.schema import (
     DataConfig,
     EarlyStoppingConfig,
     FixedConfig,
+    MarkersConfig,
     ModelConfig,
     ProportionalConfig,
     RunConfig,
@@ -21,6 +24,8 @@ from mftcoder_coba.config.schema import (
 )
 
 __all__ = [
+    "FIELD_PAIRS",
+    "FORMAT_FIELDS",
     "AdapterConfig",
     "BalancerConfig",
     "CheckpointConfig",
@@ -29,6 +34,7 @@ __all__ = [
     "DataConfig",
     "EarlyStoppingConfig",
     "FixedConfig",
+    "MarkersConfig",
     "ModelConfig",
     "ProportionalConfig",
     "RunConfig",

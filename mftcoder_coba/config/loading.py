@@ -170,7 +170,7 @@ def _item(items: list[Any], key: str, override: str) -> Any:
 def _explain(error: ValidationError, source: str) -> UserError:
     """pydantic's findings -> one message in the user's terms. All findings are listed, the first one first."""
     lines = []
-    for finding in error.errors():
+    for finding in _relevant(error.errors()):
         # A union's branch adds its own name to the location; users know only their keys.
         location = [part for part in finding["loc"] if not _is_branch(part)]
         path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".") or "the config"
@@ -188,9 +188,25 @@ def _explain(error: ValidationError, source: str) -> UserError:
                 lines.append(f"{path}.kind is missing")
             case "value_error":
                 lines.append(f"{path}: {finding['ctx']['error']}")
+            case "literal_error" if isinstance(finding["input"], str):
+                allowed = [name.strip("' ") for name in finding["ctx"]["expected"].replace(" or ", ", ").split(",")]
+                lines.append(f'{path} is "{finding["input"]}": {suggestion(finding["input"], allowed)}')
             case _:
                 lines.append(f"{path} is {_short(finding['input'])}: {finding['msg'][0].lower()}{finding['msg'][1:]}")
     return UserError("\n".join(dict.fromkeys(lines)), source)
+
+
+def _relevant(findings: list[Any]) -> list[Any]:
+    """Without the branches of a union that the user did not mean: words where no word was given, or the other way round."""
+
+    def meant(finding: Any) -> bool:
+        is_word = isinstance(finding["input"], str)
+        others = [other for other in findings if other is not finding and other["loc"][: len(finding["loc"]) - 1] == finding["loc"][:-1]]
+        if not others or finding["type"] not in ("literal_error", "model_type", "float_type", "int_type", "dict_type"):
+            return True
+        return is_word == (finding["type"] == "literal_error")
+
+    return [finding for finding in findings if meant(finding)]
 
 
 # Names that pydantic adds to a location for the branch of a union that it tried.
@@ -199,6 +215,8 @@ _BRANCHES = {
     "uniform",
     "proportional",
     "fixed",
+    "MarkersConfig",
+    "bool",
     "int",
     "float",
     "str",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -37,7 +38,7 @@ class ModelConfig(Section):
 
 
 class AdapterConfig(Section):
-    kind: Literal["lora"]
+    kind: Literal["lora", "qlora"] = Field(description="qlora: LoRA on a base model that is quantised to 4-bit NormalFloat by bitsandbytes")
     rank: Positive = 16
     alpha: Annotated[float, Field(gt=0)] = 32.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -46,13 +47,62 @@ class AdapterConfig(Section):
     )
 
 
+# The formats of samples and the fields that each of them reads.
+FORMAT_FIELDS = {
+    "mftcoder": ("chat_rounds",),
+    "messages": ("messages",),
+    "sharegpt": ("conversations", "system"),
+    "alpaca": ("instruction", "input", "output", "system", "history"),
+    "prompt_answer": ("prompt", "answer", "system"),
+    "text": ("text",),
+}
+# MFTCoder's pairs of field names: short for `prompt_answer` with these two as prompt and answer.
+FIELD_PAIRS = {
+    f"{prompt}_{answer}": {"prompt": prompt, "answer": answer}
+    for prompt, answer in (
+        ("prompt", "response"),
+        ("input", "output"),
+        ("instruction", "output"),
+        ("instruction", "response"),
+        ("question", "response"),
+        ("question", "answer"),
+        ("query", "response"),
+        ("query", "answer"),
+    )
+}
+FormatName = Literal[tuple(FORMAT_FIELDS | FIELD_PAIRS)]
+
+
 class TaskConfig(Section):
     name: SafeName
-    train: list[str] = Field(min_length=1, description="files, folders or globs")
+    train: list[str] = Field(min_length=1, description="files (.jsonl, .jsonl.gz, .parquet), folders or globs")
     valid: list[str] = Field([], description="empty: `data.valid_fraction` of `train`, chosen by hash")
     test: list[str] = []
-    format: Literal["mftcoder", "messages"] = "mftcoder"
-    share: Annotated[float, Field(gt=0)] | None = Field(None, description="part of the sampled data; null for all tasks: proportional to size")
+    format: FormatName = "mftcoder"
+    fields: dict[str, Annotated[str, Field(min_length=1)]] = Field(
+        {}, description='where the files name a field of the format otherwise: {"prompt": "question", "answer": "solution"}'
+    )
+    share: Annotated[float, Field(gt=0)] | Literal["temperature"] | None = Field(
+        None, description='part of the sampled data; null: proportional to size; "temperature": proportional to size ^ (1 / data.temperature)'
+    )
+
+    @model_validator(mode="after")
+    def _known_fields(self) -> TaskConfig:
+        known = FORMAT_FIELDS.get(self.format, ())
+        unknown = [name for name in self.fields if name not in known]
+        if unknown:
+            allowed = ", ".join(known) or 'none: use "format": "prompt_answer"'
+            raise ValueError(f"`fields` names {', '.join(unknown)}; fields of the format {self.format}: {allowed}")
+        return self
+
+
+class MarkersConfig(Section):
+    """Role markers of one's own: the text in front of each turn, and what ends an answer."""
+
+    system: str
+    user: str
+    assistant: str = Field(min_length=1)
+    end: Annotated[str, Field(min_length=1)] | None = Field(None, description="after an answer, supervised; null: the end-of-sequence token")
 
 
 class DataConfig(Section):
@@ -60,11 +110,14 @@ class DataConfig(Section):
     valid_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.05
     sequence_length: Annotated[int, Field(ge=8)] = Field(2048, description="tokens of a row at most")
     packing: Literal["best_fit", "none"] = "best_fit"
-    too_long: Literal["drop", "truncate"] = Field(
-        "drop", description="what happens to a sample of more than `sequence_length` tokens; a cut one keeps its start, or else its first answer"
+    too_long: Literal["drop", "truncate", "split"] = Field(
+        "drop",
+        description="what happens to a sample of more than `sequence_length` tokens: truncate keeps its start, or else its first answer; "
+        "split makes documents of it, each at most so long",
     )
-    template: Literal["auto", "tokenizer", "mftcoder"] = Field(
-        "auto", description="auto: the tokenizer's chat template if it has one, else `mftcoder`"
+    temperature: Annotated[float, Field(ge=1)] = Field(2.0, description='of `"share": "temperature"`; 1 is proportional to size, more is more even')
+    template: Literal["auto", "tokenizer", "mftcoder"] | MarkersConfig = Field(
+        "auto", description="auto: the tokenizer's chat template if it has one, else `mftcoder`; or role markers of one's own"
     )
     on_error: Literal["stop", "skip"] = Field("stop", description="what happens at a line that cannot be read")
     cache_dir: str | None = Field(None, description="null: ~/.cache/mftcoder_coba")
@@ -75,10 +128,9 @@ class DataConfig(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two tasks have the name {', '.join(twice)}: give each task a name of its own")
-        given = [task.share is not None for task in self.tasks]
-        if any(given) and not all(given):
-            without = ", ".join(task.name for task in self.tasks if task.share is None)
-            raise ValueError(f"`share` is given for some tasks but not for {without}: give it for all tasks, or for none (proportional to size)")
+        if len({type(task.share) for task in self.tasks}) > 1:
+            found = ", ".join(f"{task.name}: {json.dumps(task.share)}" for task in self.tasks)
+            raise ValueError(f'`share` must be a number for all tasks, "temperature" for all, or null for all (proportional to size); here {found}')
         return self
 
     @property

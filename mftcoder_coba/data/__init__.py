@@ -1,11 +1,11 @@
 """JSONL -> token batches: formats, templates, corpus, packing, schedule, batches, in the order in which data flows."""
 
 from mftcoder_coba.data.accounting import Count, Skipped, SplitAccounting
-from mftcoder_coba.data.batches import Batch, collate
+from mftcoder_coba.data.batches import Batch, collate, padded_length
 from mftcoder_coba.data.corpus import Corpus, prepare
 from mftcoder_coba.data.packing import pack
 from mftcoder_coba.data.samples import TaskData
-from mftcoder_coba.data.schedule import BalancerStream, Row, TrainSchedule, validation_rows
+from mftcoder_coba.data.schedule import BalancerStream, Epoch, Row, TrainSchedule, shares_of, validation_rows
 from mftcoder_coba.data.templates import Template, choose, load_tokenizer
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Batch",
     "Corpus",
     "Count",
+    "Epoch",
     "Row",
     "Skipped",
     "SplitAccounting",
@@ -23,6 +24,8 @@ __all__ = [
     "collate",
     "load_tokenizer",
     "pack",
+    "padded_length",
     "prepare",
+    "shares_of",
     "validation_rows",
 ]

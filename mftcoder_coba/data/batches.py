@@ -13,6 +13,7 @@ from mftcoder_coba.data.schedule import Row
 
 IGNORED = -100  # label of a place where nothing is learned
 NO_TASK = -1  # of padding
+LENGTH_MULTIPLE = 8  # tensor cores like it
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def collate(
     pad_token_id: int,
     reduction: Literal["token", "sample"],
     rows_per_batch: int | None = None,
-    length_multiple: int = 8,
+    length_multiple: int = LENGTH_MULTIPLE,
     max_length: int | None = None,
     fixed_length: int | None = None,
     isolate: bool = True,
@@ -70,7 +71,7 @@ def collate(
     if not isolate and any(len(row) > 1 for row in rows):
         raise ValueError("documents that share a row must be isolated")
     longest = max((sum(int(task_data[task].lengths[sample]) for task, sample in row) for row in rows), default=0)
-    length = fixed_length or _rounded(longest, length_multiple, max_length)
+    length = fixed_length or padded_length(longest, max_length, length_multiple)
     if longest > length:
         raise ValueError(f"a row of {longest} tokens does not fit into {length}")
 
@@ -104,6 +105,7 @@ def collate(
     return Batch(*tensors, denominators=denominators, tokens=tokens, total_tokens=total_tokens)
 
 
-def _rounded(length: int, multiple: int, limit: int | None) -> int:
-    rounded = max(1, -(-length // multiple)) * multiple
+def padded_length(longest: int, limit: int | None, multiple: int = LENGTH_MULTIPLE) -> int:
+    """The length of a batch whose longest row has `longest` tokens: rounded up to `multiple`, at most `limit`."""
+    rounded = max(1, -(-longest // multiple)) * multiple
     return rounded if limit is None else min(rounded, limit)

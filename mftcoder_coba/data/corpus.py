@@ -1,37 +1,38 @@
-"""JSONL files -> tokens on disk, once: memory-mapped, shared by all ranks, found again by content.
+"""Files -> tokens on disk, once: memory-mapped, shared by all ranks, found again by content.
 
 An entry of the cache is one split of one task: `samples.arrow` and `accounting.json` in a folder that is named by the
 SHA-256 of all that decides what is in it. It is built under a lock in a folder beside it and published by one rename,
-so an entry is complete or absent.
+so an entry is complete or absent. What is missing is built in a process of its own: the memory that it takes goes with it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
-from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from filelock import FileLock
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers import PreTrainedTokenizerBase
 
 from mftcoder_coba.config import DataConfig, TaskConfig
 from mftcoder_coba.data.accounting import SplitAccounting
-from mftcoder_coba.data.formats import find_files
+from mftcoder_coba.data.digests import FileDigest, digest_of
+from mftcoder_coba.data.files import find_files
+from mftcoder_coba.data.formats import choose_format
 from mftcoder_coba.data.samples import TaskData
 from mftcoder_coba.data.templates import Template, choose, fingerprint, load_tokenizer
-from mftcoder_coba.data.tokenising import Recipe, build_entry
-from mftcoder_coba.errors import UserError
+from mftcoder_coba.data.tokenising import Recipe, Source, build_entries
+from mftcoder_coba.errors import RunFailure, UserError
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 SPLITS = ("train", "valid", "test")
 
 
@@ -55,14 +56,12 @@ class Corpus:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """One split of one task, before it is tokenised."""
+class _Entry:
+    """Where a source's tokens are, or will be."""
 
-    task: str
-    split: str
-    where: str  # config path of the files, for messages
-    files: list[Path]
-    recipe: Recipe
+    folder: Path
+    source: Source
+    digests: list[FileDigest]  # of its files, as they were when the folder was named
 
 
 def prepare(config: DataConfig, tokenizer_path: str, trust_remote_code: bool = False, workers: int | None = None, progress: bool = True) -> Corpus:
@@ -74,19 +73,18 @@ def prepare(config: DataConfig, tokenizer_path: str, trust_remote_code: bool = F
 
     Raises:
         UserError: a missing or broken file, a broken line, no tokenizer, a task without usable training samples.
+        RunFailure: the process that builds was killed.
     """
-    parts = [part for index, task in enumerate(config.tasks) for part in _parts(index, task, config)]
+    sources = [source for index, task in enumerate(config.tasks) for source in _sources(index, task, config)]
     tokenizer = load_tokenizer(tokenizer_path, trust_remote_code)
     template = choose(config.template, tokenizer)
     cache = _cache_folder(config)
-    folders = [cache / _key(part, template, tokenizer) for part in parts]
-    with _quiet(), _bar(progress) as bar:
-        steps = bar.add_task("", total=len(parts))
-        for part, folder in zip(parts, folders, strict=True):
-            bar.update(steps, description=f"tokenising {part.task}/{part.split}", refresh=True)
-            _ensure(folder, part, template, workers or len(os.sched_getaffinity(0)))
-            bar.advance(steps)
-    data = {(part.task, part.split): _open(folder, part) for part, folder in zip(parts, folders, strict=True)}
+    tokens_from = [CACHE_VERSION, template.identity, fingerprint(tokenizer)]
+    entries = [_entry(source, tokens_from, cache) for source in sources]
+    missing = [entry for entry in entries if not entry.folder.is_dir()]
+    if missing:
+        _in_a_process(_build, missing, template, workers or len(os.sched_getaffinity(0)), progress and sys.stderr.isatty())
+    data = {(entry.source.task, entry.source.split): _open(entry) for entry in entries}
     names = tuple(config.task_names)
     accounting = {name: {split: data[name, split][1] for split in SPLITS if (name, split) in data} for name in names}
     for index, name in enumerate(names):
@@ -100,76 +98,129 @@ def prepare(config: DataConfig, tokenizer_path: str, trust_remote_code: bool = F
     )
 
 
-def _parts(index: int, task: TaskConfig, config: DataConfig) -> list[_Part]:
+def _sources(index: int, task: TaskConfig, config: DataConfig) -> list[Source]:
     """Splits of a task that have files. Without files of its own, `valid` is a part of `train`, chosen by hash."""
 
-    def part(split: str, patterns: list[str], role: str) -> _Part:
-        source = "train" if role == "valid" else split
-        where = f"data.tasks[{index}].{source} ({task.name})"
+    format = choose_format(task.format, task.fields, f"data.tasks[{index}].fields ({task.name})")
+
+    def source(split: str, patterns: list[str], role: str) -> Source:
+        where = f"data.tasks[{index}].{'train' if role == 'valid' else split} ({task.name})"
         fraction = config.valid_fraction if role != "all" else 0.0
-        recipe = Recipe(task.format, role, fraction, config.sequence_length, config.too_long, config.on_error)
-        return _Part(task.name, split, where, find_files(patterns, where), recipe)
+        recipe = Recipe(format, role, fraction, config.sequence_length, config.too_long, config.on_error)
+        return Source(task.name, split, find_files(patterns, where), recipe)
 
     held_out = not task.valid and config.valid_fraction > 0
-    parts = [part("train", task.train, "train" if held_out else "all")]
+    sources = [source("train", task.train, "train" if held_out else "all")]
     if task.valid or held_out:
-        parts.append(part("valid", task.valid or task.train, "valid" if held_out else "all"))
+        sources.append(source("valid", task.valid or task.train, "valid" if held_out else "all"))
     if task.test:
-        parts.append(part("test", task.test, "all"))
-    return parts
+        sources.append(source("test", task.test, "all"))
+    return sources
 
 
-def _key(part: _Part, template: Template, tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over the content of the files and over all that decides what becomes of it."""
-    contents = []
-    for file in part.files:
-        try:
-            with open(file, "rb") as stream:
-                contents.append([file.suffix, hashlib.file_digest(stream, "sha256").hexdigest()])
-        except OSError as error:
-            raise UserError(f"cannot be read: {error.strerror}", str(file)) from None
-    what = [CACHE_VERSION, asdict(part.recipe), template.name, fingerprint(tokenizer), contents]
-    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+def _entry(source: Source, tokens_from: list[Any], cache: Path) -> _Entry:
+    """The folder's name is the SHA-256 of the files' content and of all that decides what becomes of it."""
+    digests = [digest_of(file, cache / "digests") for file in source.files]
+    contents = [[file.suffix, digest.sha256] for file, digest in zip(source.files, digests, strict=True)]
+    key = hashlib.sha256(json.dumps([tokens_from, asdict(source.recipe), contents]).encode()).hexdigest()
+    return _Entry(cache / "corpus" / key, source, digests)
 
 
 def _cache_folder(config: DataConfig) -> Path:
     root = Path(config.cache_dir) if config.cache_dir else Path.home() / ".cache" / "mftcoder_coba"
     try:
-        (root / "corpus").mkdir(parents=True, exist_ok=True)
+        for name in ("corpus", "digests"):
+            (root / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"the cache folder {root} cannot be made: {error.strerror}", "data.cache_dir", "name one that you may write to") from None
-    return root / "corpus"
+    return root
 
 
-def _ensure(folder: Path, part: _Part, template: Template, workers: int) -> None:
-    """Builds the entry if it is not there. A second builder waits for the first and finds the entry."""
-    if folder.is_dir():
-        return
-    with FileLock(f"{folder}.lock"):
-        if folder.is_dir():
-            return
-        # Whoever holds the lock is alone: what lies here was left by a build that was killed.
-        for stale in folder.parent.glob(f"{folder.name}.building*"):
+def _in_a_process(function: Callable[..., None], *arguments: Any) -> None:
+    """Calls `function` in a process of its own and waits for it.
+
+    Raises:
+        UserError: what the function raised.
+        RunFailure: the process ended in another way.
+    """
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_report_to, args=(sender, function, *arguments))
+    process.start()
+    sender.close()
+    try:
+        error = receiver.recv()
+    except EOFError:  # it has ended without a word
+        error = None
+    except BaseException:  # an interrupt
+        process.terminate()
+        raise
+    finally:
+        process.join()
+    if error:
+        raise error
+    if process.exitcode:
+        killed = f"was killed by signal {-process.exitcode}: too little memory?" if process.exitcode < 0 else "failed, see above"
+        raise RunFailure(f"the process that tokenises the data {killed} The cache holds whole entries only; the next start goes on.")
+
+
+def _report_to(sender: Connection, function: Callable[..., None], *arguments: Any) -> None:
+    try:
+        function(*arguments)
+    except UserError as error:
+        sender.send(error)
+
+
+def _build(missing: list[_Entry], template: Template, workers: int, progress: bool) -> None:
+    """Builds entries. A second builder waits for the first and finds the entry."""
+    # No threads of the tokenizers beside the worker processes.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    with ExitStack() as locks:
+        # In one order everywhere, so that two builders never wait for each other. An entry may be listed twice.
+        for folder in sorted({entry.folder for entry in missing}):
+            locks.enter_context(FileLock(f"{folder}.lock"))
+        entries = {entry.folder: entry for entry in missing if not entry.folder.is_dir()}
+        if entries:
+            _build_locked(list(entries.values()), template, workers, progress)
+
+
+def _build_locked(entries: list[_Entry], template: Template, workers: int, progress: bool) -> None:
+    # Whoever holds the locks is alone: what lies here was left by a build that was killed.
+    for entry in entries:
+        for stale in entry.folder.parent.glob(f"{entry.folder.name}.building*"):
             shutil.rmtree(stale)
-        building = Path(f"{folder}.building-{os.getpid()}")
-        building.mkdir()
-        try:
-            accounting = build_entry(building, part.task, part.split, part.files, part.recipe, template, workers)
-            (building / "accounting.json").write_text(json.dumps(accounting.to_dict(), ensure_ascii=False), encoding="utf-8")
-            building.rename(folder)
-        except BaseException:
-            shutil.rmtree(building, ignore_errors=True)
-            raise
+    folders = [Path(f"{entry.folder}.building-{os.getpid()}") for entry in entries]
+    try:
+        for folder in folders:
+            folder.mkdir()
+        outcomes = build_entries([entry.source for entry in entries], folders, template, workers, progress)
+        for entry, folder, outcome in zip(entries, folders, outcomes, strict=True):
+            if isinstance(outcome, SplitAccounting):
+                _publish(entry, folder, outcome)
+        for outcome in outcomes:
+            if isinstance(outcome, UserError):
+                raise outcome
+    finally:
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _open(folder: Path, part: _Part) -> tuple[TaskData, SplitAccounting]:
+def _publish(entry: _Entry, folder: Path, accounting: SplitAccounting) -> None:
+    (folder / "accounting.json").write_text(json.dumps(accounting.to_dict(), ensure_ascii=False), encoding="utf-8")
+    for file, digest in zip(entry.source.files, entry.digests, strict=True):
+        digest.check_unchanged(file)
+    folder.rename(entry.folder)
+
+
+def _open(entry: _Entry) -> tuple[TaskData, SplitAccounting]:
+    folder, source = entry.folder, entry.source
     values = json.loads((folder / "accounting.json").read_text(encoding="utf-8"))
     # The entry belongs to the content: task and files may go by other names than when it was built.
-    names = {"task": part.task, "split": part.split}
-    skipped = [line | {"file": str(part.files[int(line["file"])])} for line in values["skipped"]]
+    names = {"task": source.task, "split": source.split}
+    skipped = [line | {"file": str(source.files[int(line["file"])])} for line in values["skipped"]]
     accounting = SplitAccounting.from_dict(values | names | {"skipped": skipped})
     accounting.check()
-    return TaskData(pa.ipc.open_stream(pa.memory_map(str(folder / "samples.arrow"))).read_all()), accounting
+    return TaskData(open(folder / "samples.arrow", "rb"), source.files), accounting
 
 
 def _require_samples(train: SplitAccounting, where: str, config: DataConfig) -> None:
@@ -185,25 +236,3 @@ def _require_samples(train: SplitAccounting, where: str, config: DataConfig) -> 
     }
     found = ", ".join(f"{number:,} {reason}" for reason, number in reasons.items() if number)
     raise UserError(f"the task has no usable training sample: {train.read.samples:,} read, of which {found}", where)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars of `datasets`, and no threads of the tokenizers beside the worker processes."""
-    shown, threads = not are_progress_bars_disabled(), os.environ.get("TOKENIZERS_PARALLELISM")
-    disable_progress_bars()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bars()
-        os.environ.pop("TOKENIZERS_PARALLELISM")
-        if threads is not None:
-            os.environ["TOKENIZERS_PARALLELISM"] = threads
-
-
-def _bar(progress: bool) -> Progress:
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True, disable=not (progress and console.is_terminal))

@@ -20,7 +20,7 @@ _TRAINING, _BALANCER = 0, 1  # random streams that never meet
 
 
 @dataclass(frozen=True)
-class _Epoch:
+class Epoch:
     """One epoch's rows. Row j holds the documents starts[j] .. starts[j + 1]."""
 
     tasks: np.ndarray  # int32 [documents]
@@ -33,6 +33,19 @@ class _Epoch:
     def row(self, number: int) -> Row:
         part = slice(self.starts[number], self.starts[number + 1])
         return list(zip(self.tasks[part].tolist(), self.samples[part].tolist(), strict=True))
+
+
+def shares_of(tasks: list[float | str | None], sizes: list[int], temperature: float) -> list[float] | None:
+    """The shares in the config -> a number for each task, in any unit; None: proportional to size.
+
+    Args:
+        tasks: `share` of each task, of one kind for all: None, numbers, or "temperature".
+        sizes: samples of each task.
+        temperature: T of size ^ (1 / T).
+    """
+    if tasks[0] is None:
+        return None
+    return [size ** (1 / temperature) if share == "temperature" else float(share) for share, size in zip(tasks, sizes, strict=True)]
 
 
 class TrainSchedule:
@@ -61,7 +74,7 @@ class TrainSchedule:
         sizes = [len(task) for task in lengths]
         self.samples_per_epoch = sizes if shares is None else _apportion(sum(sizes), shares)
         self._first_rows = [0]  # of epoch 0, 1, ... as far as known
-        self._kept: dict[int, _Epoch] = {}
+        self._kept: dict[int, Epoch] = {}
 
     @property
     def passes_per_epoch(self) -> list[float]:
@@ -72,12 +85,20 @@ class TrainSchedule:
         """Rows start..stop-1 of the endless sequence."""
         result = []
         while start < stop:
-            epoch = self._epoch_at(start)
-            first, plan = self._first_rows[epoch], self._plan(epoch)
-            end = min(stop, first + len(plan))
-            result += [plan.row(number - first) for number in range(start, end)]
+            number = self._epoch_at(start)
+            first, epoch = self._first_rows[number], self.epoch(number)
+            end = min(stop, first + len(epoch))
+            result += [epoch.row(row - first) for row in range(start, end)]
             start = end
         return result
+
+    def epoch(self, number: int) -> Epoch:
+        """Epoch 0, 1, ..."""
+        if number not in self._kept:
+            while len(self._kept) > 1:
+                self._kept.pop(min(self._kept))
+            self._kept[number] = self._compute(number)
+        return self._kept[number]
 
     def rows_in_epoch(self, epoch: int) -> int:
         self._know(epoch)
@@ -103,27 +124,22 @@ class TrainSchedule:
     def _know(self, epoch: int) -> None:
         """How many rows an epoch has shows only when it is packed."""
         while len(self._first_rows) < epoch + 2:
-            self._first_rows.append(self._first_rows[-1] + len(self._plan(len(self._first_rows) - 1)))
+            self._first_rows.append(self._first_rows[-1] + len(self.epoch(len(self._first_rows) - 1)))
 
-    def _plan(self, epoch: int) -> _Epoch:
-        if epoch not in self._kept:
-            while len(self._kept) > 1:
-                self._kept.pop(min(self._kept))
-            self._kept[epoch] = self._compute(epoch)
-        return self._kept[epoch]
-
-    def _compute(self, epoch: int) -> _Epoch:
+    def _compute(self, epoch: int) -> Epoch:
         counts = self.samples_per_epoch
         samples = np.concatenate([self._draws(task, epoch) for task in range(len(counts))])
         tasks = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
         way = np.concatenate([(np.arange(count) + (task + 0.5) / len(counts)) / count for task, count in enumerate(counts)])
         even = np.argsort(way, kind="stable")
+        del way
         tasks, samples = tasks[even], samples[even]
-        lengths = np.zeros(len(tasks), np.int64)
+        del even
+        lengths = np.zeros(len(tasks), np.int32)
         for task, of_task in enumerate(self._lengths):
             lengths[tasks == task] = of_task[samples[tasks == task]]
         order, starts = self._packer(lengths, self._sequence_length)
-        return _Epoch(tasks[order], samples[order], starts)
+        return Epoch(tasks[order], samples[order], starts)
 
     def _draws(self, task: int, epoch: int) -> np.ndarray:
         """The task's samples of one epoch, int32 [samples_per_epoch]: a piece of its endless walk through shuffled passes."""

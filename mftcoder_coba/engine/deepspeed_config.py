@@ -7,24 +7,7 @@ from typing import Any
 
 from mftcoder_coba.config import Config
 from mftcoder_coba.errors import UserError
-
-
-def accumulation_steps(config: Config, world_size: int) -> int:
-    """Micro-batches of one step on one rank.
-
-    Raises:
-        UserError: the rows of a step cannot be divided among the ranks.
-    """
-    training = config.training
-    rows_at_once = training.micro_batch_rows * world_size
-    if training.global_batch_rows % rows_at_once:
-        raise UserError(
-            f"global_batch_rows ({training.global_batch_rows}) is not a multiple of micro_batch_rows x ranks "
-            f"({training.micro_batch_rows} x {world_size} = {rows_at_once})",
-            "training.global_batch_rows",
-            f"for {world_size} ranks take a multiple of {world_size} for global_batch_rows and a micro_batch_rows that divides the quotient",
-        )
-    return training.global_batch_rows // rows_at_once
+from mftcoder_coba.planning import accumulation_steps
 
 
 def build_deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:

@@ -17,12 +17,17 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def launched_local_rank() -> int:
+    """This process's number among those on its machine; 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
 class Processes:
     """This process among the run's processes. Starts the process group, also for a single process without a launcher."""
 
     def __init__(self) -> None:
         self.rank = int(os.environ.get("RANK", 0))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        self.local_rank = launched_local_rank()
         self.world_size = launched_world_size()
         if "RANK" not in os.environ:
             with socket.socket() as free:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from mftcoder_coba.config import AdapterConfig
 from mftcoder_coba.errors import UserError
+from mftcoder_coba.models.quantisation import full_size
 
 
 def add_adapter(model: nn.Module, config: AdapterConfig | None) -> nn.Module:
@@ -17,6 +17,9 @@ def add_adapter(model: nn.Module, config: AdapterConfig | None) -> nn.Module:
     """
     if config is None:
         return model
+    # Takes seconds to import, and imports bitsandbytes where that is installed.
+    from peft import LoraConfig, get_peft_model
+
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -35,10 +38,10 @@ def add_adapter(model: nn.Module, config: AdapterConfig | None) -> nn.Module:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Total and trainable numbers of parameters, also where ZeRO-3 holds only a part of each."""
+    """Total and trainable numbers of parameters; one of 4 bits counts as one."""
     total = trainable = 0
     for parameter in model.parameters():
-        size = getattr(parameter, "ds_numel", parameter.numel())
+        size = full_size(parameter)
         total += size
         trainable += size if parameter.requires_grad else 0
     return total, trainable

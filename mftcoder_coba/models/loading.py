@@ -6,33 +6,40 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from mftcoder_coba.config import ModelConfig
 from mftcoder_coba.errors import UserError
+from mftcoder_coba.models.quantisation import prepare_layers, quantised_loading
 
 
-def load_model(config: ModelConfig, attention: str) -> nn.Module:
+def load_model(config: ModelConfig, attention: str, quantise_on: torch.device | None = None) -> nn.Module:
     """Loads the base model.
 
     Args:
         config: the model section.
         attention: an implementation name as `choose_attention` returns it.
+        quantise_on: linear layers are quantised to 4 bits on this device, where the whole model then is; None: they are not.
 
     Raises:
-        UserError: the model cannot be found or read, or needs code of its own that was not allowed.
+        UserError: the model cannot be found or read, needs code of its own that was not allowed, or is quantised already.
     """
     where = f"model.path = {config.path}"
+    dtype = getattr(torch, config.dtype)
     try:
         architecture = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+        _check_not_quantised(architecture, where)
         model = AutoModelForCausalLM.from_pretrained(
             config.path,
             config=architecture,
-            dtype=getattr(torch, config.dtype),
+            dtype=dtype,
             attn_implementation=attention,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,  # no pickle is loaded from a model folder
+            **(quantised_loading(dtype, quantise_on) if quantise_on else {}),
         )
+        if quantise_on:
+            prepare_layers(model)
     except (OSError, ValueError, KeyError) as error:
         raise _explain(error, config, where) from error
     model.config.use_cache = False
@@ -40,6 +47,17 @@ def load_model(config: ModelConfig, attention: str) -> nn.Module:
         # The re-entrant kind needs inputs that require gradients and loses RNG details; it is on its way out in torch.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _check_not_quantised(architecture: PretrainedConfig, where: str) -> None:
+    quantisation = getattr(architecture, "quantization_config", None)
+    if quantisation is not None:
+        method = quantisation.get("quant_method", "unknown") if isinstance(quantisation, dict) else quantisation.quant_method
+        raise UserError(
+            f"the weights of this model are quantised already (method: {method}), and cannot be trained",
+            where,
+            'give the model as it was before; with adapter.kind = "qlora" it is quantised while it is loaded',
+        )
 
 
 def _explain(error: Exception, config: ModelConfig, where: str) -> UserError:

@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 from matplotlib.figure import Figure
 
+from mftcoder_coba.reporting.data_tables import data_tables
 from mftcoder_coba.reporting.figures import CHARTS, DPI, style_of
 from mftcoder_coba.reporting.records import Run, read_run
 from mftcoder_coba.reporting.summary import best_step, sentences, task_summaries
@@ -44,7 +45,7 @@ def build_report(run_dir: Path) -> Path:
             style=lambda task: style_of(run.tasks, task),
             charts=_draw(run, folder),
             events=_events(run),
-            accounting=_accounting(run),
+            data_tables=data_tables(run.accounting),
             config=json.dumps(run.config, indent=2, ensure_ascii=False) if run.config else "",
             settings=_flat(run.environment),
         )
@@ -93,20 +94,6 @@ def _events(run: Run) -> dict[str, Any]:
         details += [f"{key}: {_plain(value)}" for key, value in event.items() if key not in ("kind", "step", "name", "why")]
         singles.append({"step": event["step"], "name": name, "details": "; ".join(details)})
     return {"names": list(names.values()), "singles": singles[:EVENTS_SHOWN], "hidden": max(len(singles) - EVENTS_SHOWN, 0)}
-
-
-def _accounting(run: Run) -> dict[str, Any]:
-    """A row per task, or per task and split; a column for each number counted, in the order of the file."""
-    rows: list[tuple[str, dict[str, Any]]] = []
-    for task, counts in run.accounting.items():
-        splits = isinstance(counts, dict) and counts and all(isinstance(value, dict) for value in counts.values())
-        parts = counts if splits else {"": counts if isinstance(counts, dict) else {"value": counts}}
-        for part, content in parts.items():
-            # A list, such as the skipped lines, is a number here; the row's name says task and split.
-            counted = {key: len(value) if isinstance(value, list) else value for key, value in content.items() if key not in ("task", "split")}
-            rows.append((f"{task} {part}".rstrip(), dict(_flat(counted))))
-    columns = list(dict.fromkeys(name for _, content in rows for name in content))
-    return {"columns": columns, "rows": rows}
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

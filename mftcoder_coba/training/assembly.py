@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from mftcoder_coba.engine.engine import partitioned_loading
 from mftcoder_coba.errors import UserError
 from mftcoder_coba.models import add_adapter, choose_attention, count_parameters, load_model
 from mftcoder_coba.objective import MultiTaskObjective
-from mftcoder_coba.planning import StepPlan, plan_steps
+from mftcoder_coba.planning import StepPlan, balancer_stream, plan_steps, training_schedule
 from mftcoder_coba.training.validation import Validation
 
 
@@ -74,7 +75,7 @@ def check_data(config: Config, corpus: Corpus) -> None:
     """Raises UserError where the balancer needs validation data that some task does not have."""
     without = [name for name, task in zip(corpus.tasks, corpus.splits["valid"], strict=True) if len(task) == 0]
     if without and "validation_losses" in METHODS[config.balancer.kind].signals:
-        found = [corpus.accounting[name]["valid"].lines()[0] if "valid" in corpus.accounting[name] else f"{name}/valid: no files" for name in without]
+        found = [corpus.accounting[name]["valid"].summary() if "valid" in corpus.accounting[name] else f"{name}/valid: no files" for name in without]
         raise UserError(
             f"the balancer {config.balancer.kind} needs validation data of every task; there is none for {', '.join(without)}\n  "
             + "\n  ".join(found),
@@ -103,17 +104,12 @@ def assemble(
     """
     data = config.data
     train = corpus.splits["train"]
-    shares = [task.share for task in data.tasks]
-    schedule = TrainSchedule(
-        [task.lengths for task in train], None if shares[0] is None else shares, config.run.order_seed, data.sequence_length, data.packing
-    )
-    plan = plan_steps(config, schedule, processes.world_size, deepspeed_config["gradient_accumulation_steps"])
+    schedule = training_schedule(config, train)
+    plan = plan_steps(config, schedule, processes.world_size)
 
     valid = corpus.splits["valid"]
-    stream = None
     stream_rows = stream_rows or processes.world_size * config.validation.balancer_rows_per_rank
-    if all(len(task) for task in valid):
-        stream = BalancerStream([task.lengths for task in valid], config.run.seed, data.sequence_length, data.packing, stream_rows)
+    stream = balancer_stream(config, valid, stream_rows)
     coverage = stream.coverage if stream else 0
     balancer_config = resolve(config.balancer, coverage)
     balancer = create(balancer_config, corpus.tasks, coverage)
@@ -123,8 +119,10 @@ def assemble(
     random.seed(config.run.seed)
     np.random.seed(config.run.seed)
     torch.manual_seed(config.run.seed)
-    with partitioned_loading(deepspeed_config):
-        model = add_adapter(load_model(config.model, attention), config.adapter)
+    # A quantised model cannot be loaded in parts: each rank quantises all of it, tensor by tensor, and DeepSpeed partitions it afterwards.
+    quantise_on = processes.device if config.adapter and config.adapter.kind == "qlora" else None
+    with contextlib.nullcontext() if quantise_on else partitioned_loading(deepspeed_config):
+        model = add_adapter(load_model(config.model, attention, quantise_on), config.adapter)
     _check_sizes(model, tokenizer, config)
     total, trainable = count_parameters(model)
     objective = MultiTaskObjective(model, len(corpus.tasks))
@@ -141,7 +139,7 @@ def assemble(
     resolved = config.model_copy(
         update={
             "model": config.model.model_copy(update={"attention": attention}),
-            "data": data.model_copy(update={"template": corpus.template_name}),
+            "data": data.model_copy(update={"template": corpus.template_name} if data.template == "auto" else {}),
             "balancer": balancer_config,
             "deepspeed": deepspeed_config,
         }

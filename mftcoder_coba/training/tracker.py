@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from mftcoder_coba.planning import accounting, step_lines
 from mftcoder_coba.reporting import MetricsWriter, Progress
+from mftcoder_coba.reporting.data_tables import print_data
 from mftcoder_coba.training.assembly import Run
 from mftcoder_coba.training.run_folder import RunFolder
 from mftcoder_coba.training.step import StepOutcome
 
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "datasets", "sentencepiece", "numpy", "flash-attn", "bitsandbytes")
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "pyarrow", "sentencepiece", "numpy", "flash-attn", "bitsandbytes")
 
 
 class Tracker:
@@ -30,8 +32,9 @@ class Tracker:
         tracking = run.config.tracking
         folder.write_json("config.json", run.config.model_dump())
         folder.write_json("environment.json", environment(run, command))
-        accounting = {task: {split: part.to_dict() for split, part in splits.items()} for task, splits in run.corpus.accounting.items()}
-        folder.write_json("accounting.json", accounting)
+        data = accounting(run.config, run.corpus, run.schedule)
+        folder.write_json("accounting.json", data)
+        print_data(data)
         print("\n".join(overview(run, folder)), flush=True)
         progress = Progress(run.plan.total_steps, list(self.tasks), tracking.log_every_steps)
         self.writer = MetricsWriter(folder.path, tracking.tensorboard, tracking.wandb, resume_step, also=[progress])
@@ -95,31 +98,12 @@ def overview(run: Run, folder: RunFolder) -> list[str]:
     config, plan, processes = run.config, run.plan, run.processes
     total, trained = run.parameters["total"], run.parameters["trainable"]
     kind = f"{config.adapter.kind}, rank {config.adapter.rank}" if config.adapter else "all"
-    micro = config.training.micro_batch_rows
-    accounting = [run.corpus.accounting[task]["train"].used for task in run.corpus.tasks]
-    counted = zip(run.corpus.tasks, accounting, run.schedule.passes_per_epoch, strict=True)
     lines = [
         f"run         {folder.path}",
         f"model       {total:,} parameters, {trained:,} trained ({kind}); {config.model.dtype}, attention {config.model.attention}",
         f"processes   {processes.world_size} on {processes.device.type}, ZeRO-{config.zero_stage}",
-        "tasks       " + ", ".join(f"{task} {used.samples:,} samples x {passes:.3g} an epoch" for task, used, passes in counted),
-        f"a step      {plan.global_batch_rows} rows = {micro} in a micro-batch x {processes.world_size} ranks "
-        f"x {plan.accumulation_steps} micro-batches; a row has at most {config.data.sequence_length} tokens",
-        f"steps       {plan.total_steps} = {plan.epochs:.2f} epochs of {plan.rows_per_epoch:,} rows; learning rate rises over {plan.warmup_steps}",
     ]
-    if run.stream:
-        lines.append(
-            f"validation  {len(run.validation.rows):,} rows every {config.validation.every_steps} steps; "
-            f"{run.stream.coverage} mini-batches of about {run.stream_rows} rows cover them"
-        )
-    if config.balancer.kind == "coba":
-        window, warmup, interval = config.balancer.window, config.balancer.warmup, config.balancer.update_interval
-        lines.append(f"coba        slopes over N = {window} observations, weights from observation W = {warmup} on, one every {interval} steps")
-        if warmup * interval >= plan.total_steps:
-            lines.append(
-                f"warning     the run ends at step {plan.total_steps}, before CoBa's warm-up of {warmup * interval} steps: all weights stay equal. "
-                "Raise validation.balancer_rows_per_rank, or lower balancer.warmup"
-            )
+    lines += step_lines(config, plan, run.stream, run.stream_rows)
     return lines
 
 

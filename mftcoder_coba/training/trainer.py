@@ -13,9 +13,9 @@ import torch
 from mftcoder_coba.balancing import Signals
 from mftcoder_coba.config import Config
 from mftcoder_coba.data import load_tokenizer, prepare
-from mftcoder_coba.engine import Processes, build_deepspeed_config, launched_world_size
+from mftcoder_coba.engine import Processes, build_deepspeed_config, launched_local_rank, launched_world_size
 from mftcoder_coba.errors import RunFailure
-from mftcoder_coba.models import write_export
+from mftcoder_coba.models import check_adapter, write_export
 from mftcoder_coba.training.assembly import Run, assemble, check_data
 from mftcoder_coba.training.checkpoints import Checkpoints
 from mftcoder_coba.training.learning_rate import learning_rate
@@ -43,12 +43,13 @@ def train(config: Config, command: list[str]) -> Path | None:
     """
     # What can be found wrong without data or model is found first.
     deepspeed_config = build_deepspeed_config(config, launched_world_size())
+    check_adapter(config.adapter, deepspeed_config)
     folder = RunFolder(config)
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
     checkpoint = checkpoints.find(config.checkpoint.resume)
     state = checkpoints.read_state(checkpoint) if checkpoint else None
     # Before any process waits for another: tokenising takes as long as it takes.
-    corpus = prepare(config.data, config.model.path, config.model.trust_remote_code)
+    corpus = prepare(config.data, config.model.path, config.model.trust_remote_code, progress=launched_local_rank() == 0)
     tokenizer = load_tokenizer(config.model.path, config.model.trust_remote_code)
     check_data(config, corpus)
     processes = Processes()

@@ -85,7 +85,7 @@ def test_null_switches_an_adapter_off(write):
 def test_overrides_take_json_or_a_string(write, override, read, value):
     file = write("x.json", tree())
     if read is None:
-        with pytest.raises(UserError, match="`share` is given for some tasks"):
+        with pytest.raises(UserError, match="`share` must be a number for all tasks"):
             load_config(file, [override])
     else:
         assert read(load_config(file, [override])) == value

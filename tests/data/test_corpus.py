@@ -1,7 +1,6 @@
 import gzip
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +9,12 @@ import numpy as np
 import pytest
 
 from mftcoder_coba.config import DataConfig
+from mftcoder_coba.data import corpus as corpus_module
 from mftcoder_coba.data.corpus import prepare
-from mftcoder_coba.data.formats import parse_line
+from mftcoder_coba.data.formats import choose_format, parse_line
 from mftcoder_coba.data.templates import choose, load_tokenizer
 from mftcoder_coba.data.tokenising import kept_window
-from mftcoder_coba.errors import UserError
+from mftcoder_coba.errors import RunFailure, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,10 +53,11 @@ def test_samples_in_the_map_are_what_the_template_gives(build, tokenizer_path):
     data = corpus.splits["train"][0]
     assert len(data) == 20 and len(corpus.splits["valid"][0]) == len(corpus.splits["test"][0]) == 0
     for n in range(20):
-        ids, mask = template.encode(parse_line(sample(n, "x" * n).encode(), "mftcoder"))
+        ids, mask = template.encode(parse_line(sample(n, "x" * n).encode(), choose_format("mftcoder", {})))
         found_ids, found_mask = data.sample(n)
         assert np.array_equal(ids, found_ids) and np.array_equal(mask, found_mask)
         assert data.lengths[n] == len(ids) and data.supervised[n] == mask[1:].sum()
+        assert data.source(n).endswith(f"train.jsonl:{n + 1}")
 
 
 def test_processes_give_what_one_process_gives(tmp_path, shared, tokenizer_path):
@@ -81,12 +82,28 @@ def test_the_line_of_a_broken_sample_is_named(build, tmp_path):
     assert entries(tmp_path) == set()
 
 
+def test_a_broken_task_costs_the_others_nothing(build, tmp_path):
+    good = tmp_path / "good.jsonl"
+    good.write_text("\n".join(sample(n) for n in range(9)))
+    tasks = [{"name": "bad", "train": [str(tmp_path / "train.jsonl")]}, {"name": "good", "train": [str(good)]}]
+    with pytest.raises(UserError, match="not JSON") as error:
+        build([sample(0), "{"], tasks=tasks)
+    assert error.value.where == f"{tmp_path / 'train.jsonl'}:2" and len(entries(tmp_path)) == 1
+    mended = build([sample(0), sample(1)], tasks=tasks)
+    assert [len(task) for task in mended.splits["train"]] == [2, 9] and len(entries(tmp_path)) == 2
+
+
+def test_two_tasks_of_the_same_content_share_an_entry(build, tmp_path):
+    file = str(tmp_path / "train.jsonl")
+    corpus = build([sample(n) for n in range(5)], tasks=[{"name": name, "train": [file]} for name in ("a", "b")])
+    assert [len(task) for task in corpus.splits["train"]] == [5, 5] and len(entries(tmp_path)) == 1
+
+
 def test_skipped_lines_are_exactly_the_broken_ones_and_listed(build, tmp_path):
     corpus = build([sample(0), "{", sample(1), "[]", sample(2)], on_error="skip")
     found = corpus.accounting["math"]["train"]
     assert [(line.file, line.line) for line in found.skipped] == [(str(tmp_path / "train.jsonl"), 2), (str(tmp_path / "train.jsonl"), 4)]
     assert "not JSON" in found.skipped[0].reason and found.used.samples == 3 and found.read.samples == 5
-    assert any("train.jsonl:4" in line for line in found.lines())
 
 
 @pytest.mark.parametrize(
@@ -113,7 +130,36 @@ def test_a_long_prompt_is_cut_in_front_of_its_answer(build):
     assert mask[-1] and mask.sum() == data.supervised[0] < 10
 
 
-@pytest.mark.parametrize("too_long", ["drop", "truncate"])
+def test_a_long_sample_is_split_into_documents_without_losing_a_token(build, tokenizer_path):
+    line = sample(0, "word " * 60)
+    ids, mask = choose("auto", load_tokenizer(tokenizer_path)).encode(parse_line(line.encode(), choose_format("mftcoder", {})))
+    corpus = build([sample(1), line, sample(2)], too_long="split", sequence_length=48)
+    data, found = corpus.splits["train"][0], corpus.accounting["math"]["train"]
+    pieces = -(-len(ids) // 48)
+    assert pieces > 3 and len(data) == 2 + pieces and (found.split_samples, found.added_documents) == (1, pieces - 1)
+    parts = [data.sample(n) for n in range(1, 1 + pieces)]
+    assert np.array_equal(np.concatenate([part for part, _ in parts]), ids) and np.array_equal(np.concatenate([part for _, part in parts]), mask)
+    assert {data.source(n).rsplit(":")[-1] for n in range(1, 1 + pieces)} == {"2"}
+    assert found.read.samples == 3 and found.read.tokens == data.lengths.sum() and found.supervised_tokens == data.supervised.sum()
+
+
+def test_a_part_of_a_split_sample_without_an_answer_is_counted_and_not_used(build):
+    line = json.dumps({"chat_rounds": [{"role": "human", "content": "long " * 80}, {"role": "bot", "content": "x"}]})
+    corpus = build([line], too_long="split", sequence_length=48)
+    found = corpus.accounting["math"]["train"]
+    assert found.used.samples == 1 and found.without_supervision.samples == found.added_documents > 2
+    assert corpus.splits["train"][0].sample(0)[1].any()
+
+
+def test_the_histogram_holds_every_sample_by_its_own_length(build):
+    corpus = build([sample(n, "word " * (n % 40)) for n in range(200)], too_long="split", sequence_length=32)
+    found = corpus.accounting["math"]["train"]
+    whole = build([sample(n, "word " * (n % 40)) for n in range(200)], sequence_length=4096).splits["train"][0].lengths
+    expected = [(up_to, int(((whole > (up_to // 2 if up_to > 16 else 0)) & (whole <= up_to)).sum())) for up_to, _ in found.lengths]
+    assert list(found.lengths) == expected and sum(count for _, count in found.lengths) == 200
+
+
+@pytest.mark.parametrize("too_long", ["drop", "truncate", "split"])
 def test_the_sums_of_the_accounting_add_up_on_mixed_data(build, too_long):
     lines = [sample(n, "word " * (n % 40)) for n in range(200)] + ["{}", sample(3, "word " * 3), json.dumps({"chat_rounds": 1})]
     lines += [json.dumps({"chat_rounds": [{"role": "human", "content": "long " * 80}, {"role": "bot", "content": "x"}]})]
@@ -129,8 +175,10 @@ def test_the_sums_of_the_accounting_add_up_on_mixed_data(build, too_long):
     assert train.duplicates + valid.duplicates == 1
     cut = train.truncated.samples + valid.truncated.samples
     dropped = train.too_long.samples + valid.too_long.samples
-    assert (cut > 0, dropped > 0) == (too_long == "truncate", too_long == "drop")
-    assert train.without_supervision.samples + valid.without_supervision.samples == 0
+    split = train.split_samples + valid.split_samples
+    assert (cut > 0, dropped > 0, split > 0) == (too_long == "truncate", too_long == "drop", too_long == "split")
+    assert (train.without_supervision.samples + valid.without_supervision.samples > 0) == (too_long == "split")
+    assert build(lines, on_error="skip", too_long=too_long, valid_fraction=0.2, sequence_length=48).accounting == corpus.accounting
 
 
 def test_equal_samples_land_on_one_side_of_the_split(build):
@@ -200,7 +248,7 @@ corpus.prepare(DataConfig.model_validate(json.loads(sys.argv[1])), sys.argv[2], 
 """
 KILLED = "pathlib.Path.rename = lambda *paths: os.kill(os.getpid(), 9)"
 COUNTED = """
-flags, real, lock = pathlib.Path(sys.argv[3]), corpus.build_entry, corpus.FileLock
+flags, real, lock = pathlib.Path(sys.argv[3]), corpus.build_entries, corpus.FileLock
 def at_the_lock(path):
     (flags / f"ready-{os.getpid()}").touch()
     return lock(path)
@@ -209,7 +257,7 @@ def build(*arguments):
     while len(list(flags.glob("ready-*"))) < 2:
         time.sleep(0.05)
     return real(*arguments)
-corpus.build_entry, corpus.FileLock = build, at_the_lock
+corpus.build_entries, corpus.FileLock = build, at_the_lock
 """
 
 
@@ -225,12 +273,35 @@ def tree(tmp_path) -> dict:
     return {"tasks": [{"name": "math", "train": [str(file)]}], "valid_fraction": 0.0, "cache_dir": str(tmp_path / "cache")}
 
 
+def test_a_file_that_grows_while_it_is_read_makes_no_entry(build, tmp_path, monkeypatch):
+    real = corpus_module.build_entries
+
+    def growing(*arguments):
+        with open(tmp_path / "train.jsonl", "a") as file:
+            file.write("\n" + sample(99))
+        return real(*arguments)
+
+    monkeypatch.setattr(corpus_module, "build_entries", growing)
+    with pytest.raises(UserError, match="changed while it was read"):
+        build([sample(n) for n in range(3)])
+    assert entries(tmp_path) == set()
+
+
+def test_who_asks_for_the_data_does_not_tokenise(build, monkeypatch):
+    """The memory and the threads of a build stay out of a training rank."""
+    seen = []
+    monkeypatch.setattr(corpus_module, "build_entries", lambda *arguments: seen.append(os.getpid()) or sys.exit(7))
+    with pytest.raises(RunFailure, match="failed, see above"):
+        build([sample(0)])
+    assert not seen
+
+
 def test_a_killed_build_leaves_no_entry_and_the_next_one_clears_up(tree, tmp_path, tokenizer_path):
     process = start(KILLED, json.dumps(tree), tokenizer_path)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    errors = process.communicate()[1]
+    assert process.returncode == 1 and "was killed by signal 9" in errors
     left = entries(tmp_path)
-    assert len(left) == 1 and all(".building-" in name for name in left)
+    assert left and all(".building-" in name for name in left)
     corpus = prepare(DataConfig.model_validate(tree), tokenizer_path, workers=1, progress=False)
     assert len(corpus.splits["train"][0]) == 50
     assert len(entries(tmp_path)) == 1 and not any(".building-" in name for name in entries(tmp_path))

@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mftcoder_coba.data.schedule import BalancerStream, TrainSchedule, validation_rows
+from mftcoder_coba.data.schedule import BalancerStream, TrainSchedule, shares_of, validation_rows
 
 LENGTH = 256
 SIZES = (700, 40, 260)
@@ -191,3 +191,39 @@ def test_rows_of_a_mini_batch_are_nearly_equally_long_and_hold_each_document_onc
         filled = [sum(lengths[task][sample] for task, sample in row) for row in rows]
         longest = max(lengths[task][sample] for task, sample in documents)
         assert max(filled) <= 256 and max(filled) - min(filled) <= longest
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "none"])
+def test_a_small_task_is_spread_evenly_over_the_steps(packing):
+    sizes, rows_a_step = (26_719, 426, 6_361), 128
+    rng = np.random.default_rng(1)
+    of = [np.clip(rng.lognormal(5.2, 0.7, size), 16, 1024).astype(np.int32) for size in sizes]
+    epoch = TrainSchedule(of, None, 5, 1024, packing).epoch(0)
+    row = np.repeat(np.arange(len(epoch)), np.diff(epoch.starts))[epoch.tasks == 1]
+    gaps = np.diff(row)
+    assert len(row) == 426 and gaps.max() - gaps.min() <= rows_a_step
+    per_step = np.bincount(row // rows_a_step)[: len(epoch) // rows_a_step]
+    assert per_step.min() >= 1
+
+
+def test_temperature_evens_out_the_shares():
+    sizes = [26_719, 426, 6_361]
+    assert shares_of([None] * 3, sizes, 2.0) is None
+    assert shares_of([1, 2.5, 3], sizes, 2.0) == [1.0, 2.5, 3.0]
+    assert shares_of(["temperature"] * 3, sizes, 1.0) == sizes
+    assert shares_of(["temperature"] * 3, sizes, 2.0) == pytest.approx(np.sqrt(sizes))
+    order = TrainSchedule(lengths(), shares_of(["temperature"] * 3, list(SIZES), 2.0), 3, LENGTH, "best_fit")
+    expected = np.sqrt(SIZES) / np.sqrt(SIZES).sum() * sum(SIZES)
+    assert np.abs(np.array(order.samples_per_epoch) - expected).max() < 1
+
+
+def test_the_order_seed_changes_the_order_and_nothing_else():
+    first, second = schedule(seed=3), schedule(seed=4)
+    of = lengths()
+
+    def counts(order):
+        return Counter(documents(order.rows(0, order.rows_in_epoch(0))))
+
+    assert counts(first) == counts(second) and first.rows(0, 20) != second.rows(0, 20)
+    streams = [BalancerStream(of, 3, LENGTH, "best_fit", 4) for _ in range(2)]
+    assert streams[0].mini_batch(5)[0] == streams[1].mini_batch(5)[0]

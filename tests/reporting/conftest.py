@@ -27,6 +27,44 @@ def curve(number: int, step: int) -> float:
     return floor + (1 - floor) * math.exp(-step / (100 * number))
 
 
+def accounting(tasks: tuple[str, ...]) -> dict:
+    """As `planning.accounting` gives it."""
+
+    def count(samples: int, tokens: int = 0) -> dict:
+        return {"samples": samples, "tokens": tokens}
+
+    def part(task: str, split: str, k: int) -> dict:
+        return {
+            "task": task,
+            "split": split,
+            "read": count(1200 + 7 * k, 912_345),
+            "skipped": [{"file": "a.jsonl", "line": 3, "reason": "not JSON"}],
+            "other_split": count(0),
+            "too_long": count(2, 25_344),
+            "truncated": count(0),
+            "split_samples": 0,
+            "added_documents": 0,
+            "without_supervision": count(0),
+            "used": count(1197 + 7 * k, 887_001),
+            "supervised_tokens": 443_500,
+            "duplicates": 0,
+            "lengths": [[64, 1000], [128, 199 + 7 * k]],
+        }
+
+    mixed = {"documents": 1197, "passes": 1.0, "tokens": 887_001, "token_share": 0.25, "supervised_tokens": 443_500, "supervised_share": 0.25}
+    mixed |= {"documents_per_step": 21.5, "fewest": 20, "most": 23, "steps_without": 0}
+    epoch = {"documents": 4788, "tokens": 3_548_004, "rows": 3480, "fill": 0.9957, "global_batch_rows": 64, "steps_per_epoch": 54.4}
+    return {
+        "tasks": {task: {split: part(task, split, k) for split in ("train", "valid")} for k, task in enumerate(tasks)},
+        "mixture": epoch | {"tasks": dict.fromkeys(tasks, mixed)},
+    }
+
+
+@pytest.fixture
+def make_accounting():
+    return accounting
+
+
 def softmax(values: np.ndarray) -> np.ndarray:
     shifted = np.exp(values - values.max())
     return shifted / shifted.sum()
@@ -130,13 +168,7 @@ def write_run(folder: Path, tasks: list[str], steps: int, balancer: str, tensorb
             "command": ["train", "--config", "demo.json"],
             "started": "2025-03-01T10:00:00+00:00",
         },
-        "accounting": {
-            task: {
-                split: {"samples": {"read": 1200 + 7 * k, "too_long": 3, "used": 1197 + 7 * k}, "tokens": {"read": 912_345, "used": 887_001}}
-                for split in ("train", "valid")
-            }
-            for k, task in enumerate(tasks)
-        },
+        "accounting": accounting(tasks),
         "best": {"step": best[0], "criterion": "mean_ratio", "value": best[1], "values": {task: curve(k, best[0]) for k, task in enumerate(tasks)}},
     }
     for name, content in files.items():

@@ -59,13 +59,13 @@ def test_a_run_without_coba_has_no_scores_and_loses_those_of_an_earlier_report(m
     assert not (folder / "report" / "coba_scores.png").exists()
 
 
-def test_what_comes_from_files_is_escaped(make_run):
+def test_what_comes_from_files_is_escaped(make_run, make_accounting):
     folder = make_run(steps=10)
     evil = "<script>alert(1)</script>"
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"kind": "event", "step": 10, "name": evil, "why": evil}) + "\n")
-    for name in ("environment", "accounting"):
-        (folder / f"{name}.json").write_text(json.dumps({evil: {evil: {evil: evil}}}))
+    (folder / "environment.json").write_text(json.dumps({evil: {evil: {evil: evil}}}))
+    (folder / "accounting.json").write_text(json.dumps(make_accounting((evil,))))
     config = json.loads((folder / "config.json").read_text())
     config["run"]["name"] = config["model"]["path"] = evil
     (folder / "config.json").write_text(json.dumps(config))
@@ -79,7 +79,7 @@ def test_a_missing_file_is_left_out(make_run, missing):
     folder = make_run(steps=60)
     (folder / f"{missing}.json").unlink()
     text = page_of(folder).text
-    heading = {"config": "Config", "environment": "Environment", "accounting": "Data accounting", "best": "The best step by"}[missing]
+    heading = {"config": "Config", "environment": "Environment", "accounting": "The first epoch", "best": "The best step by"}[missing]
     assert heading not in text and "completion" in text
 
 
@@ -104,7 +104,8 @@ def test_a_run_cut_mid_line_has_a_page(make_run):
 def test_the_accounting_has_a_row_per_task_and_split(make_run):
     folder = make_run(steps=10)
     text = page_of(folder).text
-    assert "completion train" in text and "comment valid" in text and "912,345" in text
+    assert "completion train" in text and "comment valid" in text and "887,001" in text
+    assert "99.57 % full; 54.40 steps of 64 rows" in text and "20-23" in text
 
 
 def test_ten_tasks_can_be_told_apart_and_keep_their_style_in_all_figures(make_run):
