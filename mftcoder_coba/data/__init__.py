@@ -1,4 +1,4 @@
-"""JSONL -> token batches: formats, templates, corpus, packing, schedule, batches, in the order in which data flows."""
+"""Files -> token batches: files, formats, templates, reading, corpus, packing, schedule, batches, in the order in which data flows."""
 
 from mftcoder_coba.data.accounting import Count, Skipped, SplitAccounting
 from mftcoder_coba.data.batches import Batch, collate, padded_length
