@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
+from ranks import ENVIRONMENT, ROOT, free_port, run_command
 
 
 @pytest.fixture(scope="session")
@@ -34,17 +31,15 @@ def toy(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def command_line():
-    """Runs `python -m mftcoder_coba ...`, or the same under the deepspeed launcher: (processes, arguments) -> finished process."""
+    """Runs `mftcoder_coba ARGUMENTS` on real processes: (processes, *arguments) -> finished process.
 
-    def run(processes: int, *arguments: str, cwd: Path = ROOT, timeout: int = 900) -> subprocess.CompletedProcess:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "COLUMNS": "200"}
-        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-        command = [sys.executable, "-m", "mftcoder_coba"]
-        if processes > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            command = ["deepspeed", "--num_gpus", str(processes), "--master_port", str(port), "--module", "mftcoder_coba"]
-        return subprocess.run([*command, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    `launcher`: by the deepspeed launcher, as a user does; else forked, which is faster.
+    """
+
+    def run(processes: int, *arguments: str, cwd: Path = ROOT, timeout: int = 900, launcher: bool = False) -> subprocess.CompletedProcess:
+        if not launcher:
+            return run_command(processes, arguments, cwd, timeout)
+        command = ["deepspeed", "--num_gpus", str(processes), "--master_port", str(free_port()), "--module", "mftcoder_coba", *arguments]
+        return subprocess.run(command, cwd=cwd, env=os.environ | ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
 
     return run

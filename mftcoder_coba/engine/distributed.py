@@ -47,6 +47,10 @@ class Processes:
                     "start one process per GPU",
                 )
             get_accelerator().set_device(self.local_rank)
+        else:
+            # DeepSpeed's collectives in shared memory are compiled at first use, which takes a compiler and a minute, and leave
+            # 66 MiB of each process in /dev/shm. Gloo does their work.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
 
     @property

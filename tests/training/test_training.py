@@ -29,8 +29,9 @@ def records(folder, kind):
 def run(toy, command_line):
     """Trains the toy experiment with changes and returns the run folder."""
 
-    def run(name, processes, *changes, expect=0):
-        result = command_line(processes, "train", "--config", str(toy / "toy.json"), *settings(f"run.name={name}", *changes))
+    def run(name, processes, *changes, expect=0, launcher=False):
+        arguments = ["train", "--config", str(toy / "toy.json"), *settings(f"run.name={name}", *changes)]
+        result = command_line(processes, *arguments, launcher=launcher)
         assert result.returncode == expect, result.stdout[-3000:] + result.stderr[-3000:]
         folder = toy / "runs" / name
         (folder / "log.txt").write_text(result.stdout, encoding="utf-8")
@@ -41,7 +42,7 @@ def run(toy, command_line):
 
 @pytest.fixture(scope="module")
 def full_run(run):
-    return run("full", 2, "tracking.tensorboard=true")
+    return run("full", 2, "tracking.tensorboard=true", launcher=True)
 
 
 def test_every_task_learns_and_the_run_folder_holds_what_it_promises(full_run):

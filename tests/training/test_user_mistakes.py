@@ -21,7 +21,7 @@ def attempt(toy, tmp_path, command_line, capfd, monkeypatch):
         (tmp_path / "x.json").write_text(json.dumps(tree), encoding="utf-8")
         arguments = [command, "--config", str(tmp_path / "x.json")]
         if processes:
-            result = command_line(processes, *arguments)
+            result = command_line(processes, *arguments, launcher=processes > 1)
             code, output = result.returncode, result.stdout + result.stderr
         else:
             monkeypatch.setattr(sys, "argv", ["mftcoder_coba", *arguments])
