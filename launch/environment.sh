@@ -5,7 +5,6 @@
 #   MFTCODER_COBA_CACHE      models and tokenised data          default: ~/.cache/mftcoder_coba
 #   MFTCODER_COBA_GPU_PARTS  1 installs requirements-gpu.txt    default: 0
 #   PYTHON                   the interpreter of a new venv      default: the first Python >= 3.11 on the PATH
-#   CXX                      the C++ compiler                   default: g++
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${MFTCODER_COBA_VENV:-$ROOT/.venv}"
@@ -41,7 +40,6 @@ find_python() {
 
 # Makes the virtual environment, installs what is pinned, and puts it first on the PATH. A second call installs nothing.
 ensure_environment() {
-    command -v "${CXX:-g++}" >/dev/null || user_error "no C++ compiler (${CXX:-g++}): DeepSpeed compiles its CPU parts; install g++, or name another: CXX=..."
     local python wanted stamp="$VENV/.installed"
     if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
         python="$(find_python)"
