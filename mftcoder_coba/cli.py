@@ -88,6 +88,25 @@ def _prepared(config: Config) -> tuple[Corpus, TrainSchedule]:
 
 
 @app.command()
+def replay(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_CSV", help="a run folder, or a CSV: step,TASK,... with the losses before training at step 0")
+    ],
+    balancers: Annotated[
+        list[str], typer.Option("--balancer", help='a method, a JSON object such as {"kind": "lbtw", "signal": "validation"}, or run: the run\'s own')
+    ] = [],  # noqa: B006
+    settings: Annotated[list[str], typer.Option("--set", help="KEY=VALUE for those balancers that have the key; may be repeated")] = [],  # noqa: B006
+    sweeps: Annotated[list[str], typer.Option("--sweep", help="KEY=VALUE,VALUE,...: a replay for each value; may be repeated")] = [],  # noqa: B006
+    coverage: Annotated[int | None, typer.Option(min=1, help="validation mini-batches that cover the validation set, where nothing tells")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for weights.csv and figures; else RUN/replay, or beside the CSV")] = None,
+) -> None:
+    """Show the weights that balancers would have chosen for recorded validation losses, without training."""
+    from mftcoder_coba.replaying import replay as run_replay
+
+    print("\n".join(run_replay(source, balancers, settings, sweeps, coverage, out)))
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="a run folder, e.g. runs/demo")]) -> None:
     """Build report/report.html and its figures from a run folder."""
     from mftcoder_coba.reporting.report import build_report

@@ -4,7 +4,7 @@ The picture: the training loss of one step is sum_k w_k * (mean loss of task k).
 
 What goes in: the K task names, in one fixed order that every array here follows; the tasks' validation losses before
 training (`start`); and, after the steps that the balancer `wants`, the `Signals` that it declares in `signals`. The
-caller pays only for what is declared.
+caller pays only for what is declared. `signals_of(config)` says it before anything is built.
 
 What comes out: `weights(denominators)`, K positive float64 numbers with the sum 1 for the next step (only `proportional`
 gives 0, to a task that the step's batch does not hold); `record()`, what the method has to show, as JSON values;
@@ -30,15 +30,30 @@ from collections.abc import Sequence
 
 from mftcoder_coba.balancing.base import Balancer, Signals
 from mftcoder_coba.balancing.coba import Coba
+from mftcoder_coba.balancing.dwa import Dwa
+from mftcoder_coba.balancing.famo import Famo
 from mftcoder_coba.balancing.fixed import Fixed
+from mftcoder_coba.balancing.lbtw import Lbtw
 from mftcoder_coba.balancing.proportional import Proportional
+from mftcoder_coba.balancing.random import Random
+from mftcoder_coba.balancing.uncertainty import Uncertainty
 from mftcoder_coba.balancing.uniform import Uniform
 from mftcoder_coba.config import BalancerConfig, CobaConfig
 from mftcoder_coba.errors import UserError
 
-__all__ = ["METHODS", "Balancer", "Signals", "create", "resolve"]
+__all__ = ["METHODS", "Balancer", "Signals", "create", "resolve", "signals_of"]
 
-METHODS = {"coba": Coba, "uniform": Uniform, "proportional": Proportional, "fixed": Fixed}
+METHODS = {
+    "coba": Coba,
+    "uniform": Uniform,
+    "proportional": Proportional,
+    "fixed": Fixed,
+    "random": Random,
+    "lbtw": Lbtw,
+    "dwa": Dwa,
+    "uncertainty": Uncertainty,
+    "famo": Famo,
+}
 
 
 def create(config: BalancerConfig, tasks: Sequence[str], coverage: int) -> Balancer:
@@ -54,20 +69,37 @@ def create(config: BalancerConfig, tasks: Sequence[str], coverage: int) -> Balan
     return METHODS[config.kind](resolve(config, coverage), tuple(tasks))
 
 
+def signals_of(config: BalancerConfig) -> frozenset[str]:
+    """The fields of `Signals` that the balancer of `config` needs."""
+    method = METHODS[config.kind]
+    # A method with a choice of signals lists them by the config's word for it.
+    return method.SIGNALS[config.signal] if hasattr(method, "SIGNALS") else method.signals
+
+
 def resolve(config: BalancerConfig, coverage: int) -> BalancerConfig:
     """`config` with every "auto" replaced by its number: the window N = 2 M, the warm-up W = M.
 
     Raises:
-        UserError: CoBa without validation data, or paired slopes with a window in which no slot would come twice.
+        UserError: a method that measures validation losses without validation data; paired slopes with a window in which no
+            slot would come twice; CoBa's variant "mftcoder" with a window below the warm-up or with `df_history` "all".
     """
-    if not isinstance(config, CobaConfig):
-        return config
-    if coverage < 1:
-        fix = "give every task `valid` files or set data.valid_fraction above 0, or choose another balancer"
-        raise UserError("CoBa needs validation data and there is none", "balancer.kind", fix)
+    if coverage < 1 and "validation_losses" in signals_of(config):
+        where, instead = ("balancer.signal", 'set this to "train"') if hasattr(config, "signal") else ("balancer.kind", "choose another balancer")
+        fix = f"give every task `valid` files or set data.valid_fraction above 0, or {instead}"
+        raise UserError(f"{config.kind} needs validation data and there is none", where, fix)
+    return _resolve_coba(config, coverage) if isinstance(config, CobaConfig) else config
+
+
+def _resolve_coba(config: CobaConfig, coverage: int) -> CobaConfig:
     window = 2 * coverage if config.window == "auto" else config.window
     warmup = coverage if config.warmup == "auto" else config.warmup
     if config.slope == "paired" and window <= coverage:
         what = f"a validation mini-batch returns after {coverage} observations, so paired slopes need a window above that; it is {window}"
         raise UserError(what, "balancer.window", f'set it to "auto" ({2 * coverage}), or balancer.slope to "ols"')
+    if config.variant == "mftcoder" and window < warmup:
+        what = f'"variant": "mftcoder" scores the slopes since the warm-up inside the window, so the window ({window}) may not be below it ({warmup})'
+        raise UserError(what, "balancer.window", f"set it to {warmup} or more, or lower balancer.warmup")
+    if config.variant == "mftcoder" and config.df_history == "all":
+        what = '"variant": "mftcoder" starts the divergence factor\'s history at the warm-up; "df_history": "all" is of the paper\'s formula'
+        raise UserError(what, "balancer.df_history", 'leave it out, or set balancer.variant to "paper"')
     return config.model_copy(update={"window": window, "warmup": warmup})

@@ -7,20 +7,35 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mftcoder_coba.errors import UserError
+
+# A larger loss is as good as infinite: its square could leave float64.
+LARGEST_LOSS = 1e100
+# What too small a weight is lifted to, so that every weight is positive.
+SMALLEST_WEIGHT = 1e-300
+
 
 @dataclass(frozen=True)
 class Signals:
     """What was measured after one optimizer step. A balancer's `signals` are names of fields here.
 
+    All losses are [K] float64, means of each task; NaN where it is absent or not finite.
+
     Attributes:
         step: the optimizer step (1-based) after which it was measured.
-        validation_losses: [K] mean loss of each task on one validation mini-batch; NaN where it is missing.
+        train_losses: S_k / N_k of the step's global batch, before the optimizer moved.
+        train_losses_after: of the same batch, after it.
+        validation_losses: of one validation mini-batch, after the step.
+        validation_losses_before: of the same mini-batch, before the step.
         slots: [K] which mini-batch of its cycle each task's loss is from: small numbers, 0, 1, ...; a task's equal numbers
             stand for the same samples. Comes with `validation_losses`.
     """
 
     step: int
+    train_losses: np.ndarray | None = None
+    train_losses_after: np.ndarray | None = None
     validation_losses: np.ndarray | None = None
+    validation_losses_before: np.ndarray | None = None
     slots: np.ndarray | None = None
 
 
@@ -83,6 +98,105 @@ class SignalFree:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         pass
+
+
+class Stateful:
+    """What the methods have in common that go on, step by step, from arrays of numbers.
+
+    A child has `kind` and `signals`; gives its arrays to `__init__` and finds them in `state`: [..., K] with the tasks last,
+    float64 with NaN for "nothing yet", or integers; defines `_learn`, `_weigh` and `_shown`. A task whose loss is missing
+    leaves its part of every array as it is.
+    """
+
+    kind: str
+    signals: frozenset[str]
+
+    def __init__(self, tasks: tuple[str, ...], **state: np.ndarray):
+        self.tasks = tasks
+        self.state = state
+        self._step = 0  # observed last
+
+    def start(self, initial: np.ndarray) -> None:
+        pass
+
+    def wants(self, step: int) -> bool:
+        return True
+
+    def weights(self, denominators: np.ndarray) -> np.ndarray:
+        return self._weigh()
+
+    def observe(self, signals: Signals) -> None:
+        if signals.step <= self._step:
+            raise ValueError(f"step {signals.step} was observed after step {self._step}")
+        self._learn(signals)
+        self._step = signals.step
+
+    def record(self) -> dict[str, Any]:
+        columns = {name: plain(values) for name, values in {"weight": self._weigh(), **self._shown()}.items()}
+        rows = zip(*columns.values(), strict=True)
+        return {"tasks": {name: dict(zip(columns, row, strict=True)) for name, row in zip(self.tasks, rows, strict=True)}}
+
+    def state_dict(self) -> dict[str, Any]:
+        head = {"kind": self.kind, "tasks": list(self.tasks), "signals": sorted(self.signals), "step": self._step}
+        return {**head, **{name: plain(values) for name, values in self.state.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        check_state(state, self.kind, self.tasks)
+        if state["signals"] != sorted(self.signals):
+            what = (
+                f"the checkpoint is of a run whose {self.kind} looked at {', '.join(state['signals'])}; here it is {', '.join(sorted(self.signals))}"
+            )
+            raise UserError(what, "balancer.signal", 'restore that setting, or start a new run with checkpoint.resume = "never"')
+        self._step = state["step"]
+        self.state = {name: np.array(state[name], values.dtype) for name, values in self.state.items()}  # None becomes NaN
+
+    def _learn(self, signals: Signals) -> None:
+        """Takes the measurements into `state`."""
+        raise NotImplementedError
+
+    def _weigh(self) -> np.ndarray:
+        """[K] the next step's weights, a new array."""
+        raise NotImplementedError
+
+    def _shown(self) -> dict[str, np.ndarray]:
+        """What a record shows of each task beside its weight: arrays [K]."""
+        raise NotImplementedError
+
+
+def check_state(state: dict[str, Any], kind: str, tasks: tuple[str, ...]) -> None:
+    """Raises UserError for a state of another method than `kind`, or of other tasks or another order of them."""
+    fix = 'restore that setting, or start a new run with checkpoint.resume = "never"'
+    if state.get("kind") != kind:
+        raise UserError(f"the checkpoint is of a run with another balancer than {kind}", "balancer.kind", fix)
+    if state["tasks"] != list(tasks):
+        raise UserError(f"the checkpoint's tasks are {', '.join(state['tasks'])}; the config's are {', '.join(tasks)}", "data.tasks", fix)
+
+
+def divisors(initial: np.ndarray, tasks: tuple[str, ...], kind: str) -> np.ndarray:
+    """`initial` [K] as float64, for a method that divides by the losses before training. Raises UserError for a task whose
+    loss is not a positive number."""
+    initial = np.array(initial, np.float64)
+    if initial.shape != (len(tasks),):
+        raise ValueError(f"initial losses have the shape {initial.shape}, not one for each of the tasks {tasks}")
+    for name, loss in zip(tasks, initial.tolist(), strict=True):
+        if not 0 < loss < np.inf:
+            what = f"task {name}: the validation loss before training is {loss:g}; {kind} divides by it and needs a positive number"
+            raise UserError(what, f"data.tasks, {name}", "look at this task's validation data and at the model's loss on it")
+    return initial
+
+
+def measured(losses: np.ndarray | None, count: int) -> np.ndarray:
+    """[count] losses, with NaN for what is no measurement: not finite, negative, or above LARGEST_LOSS."""
+    values = np.asarray(losses, np.float64)
+    if values.shape != (count,):
+        raise ValueError(f"losses have the shape {values.shape}, not ({count},)")
+    return np.where((values >= 0) & (values <= LARGEST_LOSS), values, np.nan)
+
+
+def normalised(values: np.ndarray) -> np.ndarray:
+    """[K] finite numbers of 0 and more, not all 0 -> positive ones in their proportions, with the sum 1."""
+    scaled = np.maximum(values / values.max(), SMALLEST_WEIGHT)  # the sum of the scaled ones is at most K
+    return scaled / scaled.sum()
 
 
 class History:

@@ -20,6 +20,9 @@ Where the paper leaves a choice:
 - A slope that is undefined is 0 and counts as a slope. Zero denominators: RCS is uniform, ACS's argument is 0, DF is 1.
 - The absolute value in DF's denominator. Without it the sign of the whole argument turns, and the diverging task gains.
 - `df_history` "all" starts DF's sum at j = 1 instead of W; the first slopes are mostly noise and hold DF down for long.
+
+`scores` leaves parts out (Table 9 of the paper): RCS alone, ACS alone, or, without DF, the mean of both.
+`variant` "mftcoder" is another formula of the same parts: see `coba_mftcoder`.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ from typing import Any
 
 import numpy as np
 
-from mftcoder_coba.balancing.base import History, Signals, plain, softmax
+from mftcoder_coba.balancing.base import History, Signals, check_state, divisors, plain
+from mftcoder_coba.balancing.coba_formulas import absolute_scores, divergence_factor, ols_slopes, paired_slopes, relative_scores
+from mftcoder_coba.balancing.coba_mftcoder import balanced_and_floored, fitted_part, gapless_slopes, scored_part, unclipped_factor
 from mftcoder_coba.config import CobaConfig
 from mftcoder_coba.errors import UserError
 
@@ -51,24 +56,18 @@ class Coba:
         self._config = config
         count = len(tasks)
         self._initial: np.ndarray | None = None  # [K] v(0)
-        self._steps = History(limit=config.window, dtype=np.int64)
-        self._ratios = History((count,), config.window)  # NaN where missing
-        self._slots = History((count,), config.window, np.int64)  # filled for paired slopes only
-        self._slopes = History((count,), config.window)
+        kept = None if config.variant == "mftcoder" else config.window  # its window does not always forget
+        self._steps = History(limit=kept, dtype=np.int64)
+        self._ratios = History((count,), kept)  # NaN where missing
+        self._slots = History((count,), kept, np.int64)  # filled for paired slopes only
+        self._slopes = History((count,), kept)
         self._alpha_max = History()  # of every observation since the start
         self._weights = np.full(count, 1.0 / count)
         self._shown = self._show(Signals(step=0))
 
     def start(self, initial: np.ndarray) -> None:
         """Raises UserError for a task whose loss before training is not a positive number: its ratio is undefined."""
-        initial = np.array(initial, np.float64)
-        if initial.shape != (len(self.tasks),):
-            raise ValueError(f"initial losses have the shape {initial.shape}, not one for each of the tasks {self.tasks}")
-        for name, loss in zip(self.tasks, initial.tolist(), strict=True):
-            if not 0 < loss < np.inf:
-                what = f"task {name}: the validation loss before training is {loss:g}; CoBa divides by it and needs a positive number"
-                raise UserError(what, f"data.tasks, {name}", "look at this task's validation data and at the model's loss on it")
-        self._initial = initial
+        self._initial = divisors(initial, self.tasks, "coba")
 
     def wants(self, step: int) -> bool:
         return step % self._config.update_interval == 0
@@ -79,17 +78,13 @@ class Coba:
     def observe(self, signals: Signals) -> None:
         """`validation_losses` [K]; what is not finite counts as missing. `slots` [K] are needed for paired slopes."""
         self._append(signals)
-        slopes = self._fit()
+        slopes, worst = self._fit()
         self._slopes.append(slopes)
-        self._alpha_max.append(slopes.max())
-
-        relative, absolute = relative_scores(slopes), absolute_scores(self._slopes.values)
-        worst = self._alpha_max.values  # [t]
-        first = self._config.warmup if self._config.df_history == "warmup" else 1
-        factor = divergence_factor(worst[first - 1 :], self._config.tau) if len(worst) >= first else None
-        if len(worst) >= self._config.warmup:
+        self._alpha_max.append(worst)
+        relative, absolute, factor = self._score()
+        if len(self._alpha_max.values) >= self._config.warmup:
             # The formula's weights are positive. What is too small for float64 stays so.
-            self._weights = np.maximum(factor * relative + (1.0 - factor) * absolute, np.finfo(np.float64).tiny)
+            self._weights = np.maximum(self._blend(relative, absolute, factor), np.finfo(np.float64).tiny)
         self._shown = self._show(signals, slopes, relative, absolute, factor)
 
     def record(self) -> dict[str, Any]:
@@ -100,11 +95,11 @@ class Coba:
     def state_dict(self) -> dict[str, Any]:
         histories = {name: plain(history.values) for name, history in self._histories().items()}
         initial = None if self._initial is None else plain(self._initial)
-        head = {"tasks": list(self.tasks), "slope": self._config.slope, "initial": initial}
+        head = {"kind": "coba", "tasks": list(self.tasks), "slope": self._config.slope, "variant": self._config.variant, "initial": initial}
         return {**head, **histories, "weights": plain(self._weights), "record": self.record()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError for a state of other tasks or of another slope. Window and warm-up are the config's: a longer
+        """Raises UserError for a state of other tasks, of another slope or variant. Window and warm-up are the config's: a longer
         window fills up, a shorter one forgets at once."""
         self._check(state)
         self._initial = None if state["initial"] is None else np.array(state["initial"], np.float64)
@@ -114,15 +109,12 @@ class Coba:
         self._shown = state["record"]
 
     def _check(self, state: dict[str, Any]) -> None:
-        fix = 'restore that setting, or start a new run with checkpoint.resume = "never"'
-        if "ratios" not in state:
-            raise UserError("the checkpoint is of a run with another balancer than coba", "balancer.kind", fix)
-        if state["tasks"] != list(self.tasks):
-            what = f"the checkpoint's tasks are {', '.join(state['tasks'])}; the config's are {', '.join(self.tasks)}"
-            raise UserError(what, "data.tasks", fix)
-        if state["slope"] != self._config.slope:
-            what = f'the checkpoint is of a run with slope "{state["slope"]}"; the config says "{self._config.slope}"'
-            raise UserError(what, "balancer.slope", fix)
+        check_state(state, "coba", self.tasks)
+        for name, value in (("slope", self._config.slope), ("variant", self._config.variant)):
+            if state[name] != value:
+                what = f'the checkpoint is of a run with {name} "{state[name]}"; the config says "{value}"'
+                fix = 'restore that setting, or start a new run with checkpoint.resume = "never"'
+                raise UserError(what, f"balancer.{name}", fix)
 
     def _histories(self) -> dict[str, History]:
         return {"steps": self._steps, "ratios": self._ratios, "slots": self._slots, "slopes": self._slopes, "alpha_max": self._alpha_max}
@@ -149,10 +141,32 @@ class Coba:
             ratios = losses / self._initial
         return np.where(np.abs(ratios) <= LARGEST_RATIO, ratios, np.nan)
 
-    def _fit(self) -> np.ndarray:
-        if self._config.slope == "paired":
-            return paired_slopes(self._steps.values, self._ratios.values, self._slots.values)
-        return ols_slopes(self._steps.values, self._ratios.values)
+    def _fit(self) -> tuple[np.ndarray, float]:
+        """The slopes [K] of t, and what stands for the worst of them in DF."""
+        steps, ratios = self._steps.values, self._ratios.values
+        if self._config.variant == "mftcoder":
+            return gapless_slopes(ratios[fitted_part(len(ratios), self._config.window, self._config.update_interval)])
+        slopes = paired_slopes(steps, ratios, self._slots.values) if self._config.slope == "paired" else ols_slopes(steps, ratios)
+        return slopes, slopes.max()
+
+    def _score(self) -> tuple[np.ndarray, np.ndarray, float | None]:
+        """RCS [K], ACS [K] and DF of t; DF is None before its history begins."""
+        slopes, worst, warmup = self._slopes.values, self._alpha_max.values, self._config.warmup
+        relative = relative_scores(slopes[-1])
+        if self._config.variant == "mftcoder":
+            absolute = absolute_scores(slopes[scored_part(len(slopes), self._config.window, warmup)])
+            return relative, absolute, unclipped_factor(worst[warmup - 1 :], self._config.tau) if len(worst) >= warmup else None
+        first = warmup if self._config.df_history == "warmup" else 1
+        factor = divergence_factor(worst[first - 1 :], self._config.tau) if len(worst) >= first else None
+        return relative, absolute_scores(slopes), factor
+
+    def _blend(self, relative: np.ndarray, absolute: np.ndarray, factor: float) -> np.ndarray:
+        """The weights [K] of t."""
+        if "df" in self._config.scores:
+            blend = factor * relative + (1.0 - factor) * absolute
+            return balanced_and_floored(blend) if self._config.variant == "mftcoder" else blend
+        chosen = [score for name, score in (("rcs", relative), ("acs", absolute)) if name in self._config.scores]
+        return sum(chosen) / len(chosen)
 
     def _show(
         self,
@@ -175,71 +189,4 @@ class Coba:
         }
         rows = zip(*columns.values(), strict=True)
         tasks = {name: dict(zip(columns, row, strict=True)) for name, row in zip(self.tasks, rows, strict=True)}
-        return {"tasks": tasks, "df": factor, "alpha_max": None if slopes is None else float(slopes.max())}
-
-
-def ols_slopes(steps: np.ndarray, ratios: np.ndarray) -> np.ndarray:
-    """Least-squares slope of each task's line: [n] steps, [n, K] ratios (NaN: missing) -> [K]; 0 where there are fewer than
-    two ratios."""
-    seen = ~np.isnan(ratios)
-    if seen.all():
-        seen = seen[:, :1]  # the steps are then the same for every task: one column of them does for all
-    x = (steps - steps[-1])[:, None] * seen  # from the newest step, so that the numbers are small
-    x = (x - x.sum(axis=0) / np.maximum(np.count_nonzero(seen, axis=0), 1)) * seen
-    # Any number may be taken off a task's ratios. With one of them constant ratios become 0, and so does their slope,
-    # exactly: ACS would blow a rounding error up to a full score.
-    y = ratios - np.fmin.reduce(ratios, axis=0)
-    np.copyto(y, 0.0, where=~seen)
-    y *= x  # in place: at this size new memory costs more than the arithmetic
-    return _quotient(y.sum(axis=0), (x * x).sum(axis=0))
-
-
-def paired_slopes(steps: np.ndarray, ratios: np.ndarray, slots: np.ndarray) -> np.ndarray:
-    """Least-squares slope of each task with one intercept per slot, so that only ratios of equal samples are compared.
-
-    With x and y less their means over the slot: a = sum x y / sum x^2. (This program's own; the paper has the plain fit only.)
-
-    Args:
-        steps: [n]. ratios: [n, K], NaN where missing. slots: [n, K], 0 or more; a task's own numbering. Memory grows with
-            the largest.
-
-    Returns:
-        [K]; 0 where no slot of the task has two ratios.
-    """
-    seen = ~np.isnan(ratios)
-    tasks, slot_count = ratios.shape[1], int(slots.max()) + 1
-    # One number per task and slot says which intercept a ratio has; what is missing goes to a line of its own.
-    lines = np.where(seen, slots + slot_count * np.arange(tasks), slot_count * tasks).ravel()
-    size = slot_count * tasks + 1
-    x = np.repeat((steps - steps[-1]).astype(np.float64), tasks)
-    x -= (np.bincount(lines, x, size) / np.maximum(np.bincount(lines, minlength=size), 1))[lines]
-    y = np.where(seen, ratios, 0.0).ravel()
-    lowest = np.full(size, np.inf)
-    np.minimum.at(lowest, lines, y)
-    y -= lowest[lines]  # for the reason given in ols_slopes
-    x, y = x.reshape(seen.shape), y.reshape(seen.shape)
-    x *= seen
-    y *= x
-    x *= x
-    return _quotient(y.sum(axis=0), x.sum(axis=0))
-
-
-def relative_scores(slopes: np.ndarray) -> np.ndarray:
-    """RCS: [K] slopes at t -> [K] with the sum 1."""
-    return softmax(len(slopes) * _quotient(slopes, np.abs(slopes).sum()))
-
-
-def absolute_scores(slopes: np.ndarray) -> np.ndarray:
-    """ACS: [n, K] the last n slopes, those of t at the end -> [K] with the sum 1."""
-    return softmax(-len(slopes) * _quotient(slopes[-1], np.abs(slopes).sum(axis=0)))
-
-
-def divergence_factor(worst: np.ndarray, tau: float) -> float:
-    """DF: [m] a_max of the observations that count, that of t at the end -> a number from 0 to 1."""
-    count = len(worst)
-    return min(count * float(softmax(-tau * count * _quotient(worst, np.abs(worst).sum()))[-1]), 1.0)
-
-
-def _quotient(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """above / below, and 0 where `below` is 0."""
-    return np.divide(above, below, out=np.zeros(above.shape), where=below != 0)
+        return {"tasks": tasks, "df": factor, "alpha_max": None if slopes is None else float(self._alpha_max.values[-1])}

@@ -138,6 +138,10 @@ class DataConfig(Section):
         return [task.name for task in self.tasks]
 
 
+# What a method looks at: training losses, or those of validation mini-batches (the CoBa paper's starred versions).
+Signal = Literal["train", "validation"]
+
+
 class CobaConfig(Section):
     """CoBa, arXiv 2410.06741. M is the number of mini-batches that cover the validation set."""
 
@@ -150,6 +154,20 @@ class CobaConfig(Section):
     df_history: Literal["warmup", "all"] = Field(
         "warmup", description="where the divergence factor's sum starts: at W, or at 1 as printed in the paper"
     )
+    variant: Literal["paper", "mftcoder"] = Field("paper", description="mftcoder: the formula of MFTCoder's repository, to match old runs")
+    scores: Annotated[list[Literal["rcs", "acs", "df"]], Field(min_length=1)] = Field(
+        ["rcs", "acs", "df"], description="which parts take part, for ablations: rcs alone, acs alone, both at equal parts, or blended by df"
+    )
+
+    @model_validator(mode="after")
+    def _scores_and_variant(self) -> CobaConfig:
+        if len(set(self.scores)) < len(self.scores):
+            raise ValueError("`scores` names a part twice")
+        if "df" in self.scores and len(self.scores) < 3:
+            raise ValueError('`scores` has "df" without both "rcs" and "acs", which it blends')
+        if self.variant == "mftcoder" and (self.slope != "ols" or len(self.scores) < 3):
+            raise ValueError('"variant": "mftcoder" has plain slopes and all scores')
+        return self
 
 
 class UniformConfig(Section):
@@ -165,7 +183,49 @@ class FixedConfig(Section):
     weights: dict[str, Annotated[float, Field(gt=0)]] = Field(min_length=1, description="a number for each task; they are scaled to sum to 1")
 
 
-BalancerConfig = Annotated[CobaConfig | UniformConfig | ProportionalConfig | FixedConfig, Field(discriminator="kind")]
+class RandomConfig(Section):
+    """Random loss weighting, arXiv 2111.10603: softmax of standard normal numbers, new ones each step."""
+
+    kind: Literal["random"]
+    seed: int = Field(0, ge=0, lt=2**32)
+
+
+class LbtwConfig(Section):
+    """Loss-balanced task weighting (AAAI 2019): (loss / loss at the start) ^ b."""
+
+    kind: Literal["lbtw"]
+    exponent: Annotated[float, Field(gt=0)] = Field(0.5, description="b")
+    signal: Signal = "train"
+
+
+class DwaConfig(Section):
+    """Dynamic weight average, arXiv 1803.10704: softmax of (mean loss of a window / that of the window before) / T."""
+
+    kind: Literal["dwa"]
+    temperature: Annotated[float, Field(gt=0)] = Field(2.0, description="T")
+    window: Positive = Field(10, description="steps whose mean loss is compared")
+
+
+class UncertaintyConfig(Section):
+    """Uncertainty weighting, arXiv 1705.07115: each task's log-variance is learned with a rate of its own."""
+
+    kind: Literal["uncertainty"]
+    learning_rate: Annotated[float, Field(gt=0)] = 0.025
+
+
+class FamoConfig(Section):
+    """FAMO, arXiv 2306.03792."""
+
+    kind: Literal["famo"]
+    learning_rate: Annotated[float, Field(gt=0)] = 0.025
+    decay: Annotated[float, Field(ge=0)] = Field(0.01, description="weight decay of the task logits")
+    signal: Signal = "train"
+
+
+BalancerConfig = Annotated[
+    CobaConfig | UniformConfig | ProportionalConfig | FixedConfig | RandomConfig | LbtwConfig | DwaConfig | UncertaintyConfig | FamoConfig,
+    Field(discriminator="kind"),
+]
 
 
 class TrainingConfig(Section):

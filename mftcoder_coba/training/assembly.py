@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mftcoder_coba.balancing import METHODS, Balancer, create, resolve
+from mftcoder_coba.balancing import Balancer, create, resolve, signals_of
 from mftcoder_coba.config import Config
 from mftcoder_coba.data import BalancerStream, Batch, Corpus, TrainSchedule, collate
 from mftcoder_coba.engine import Engine, Processes
@@ -74,7 +74,7 @@ class Run:
 def check_data(config: Config, corpus: Corpus) -> None:
     """Raises UserError where the balancer needs validation data that some task does not have."""
     without = [name for name, task in zip(corpus.tasks, corpus.splits["valid"], strict=True) if len(task) == 0]
-    if without and "validation_losses" in METHODS[config.balancer.kind].signals:
+    if without and "validation_losses" in signals_of(config.balancer):
         found = [corpus.accounting[name]["valid"].summary() if "valid" in corpus.accounting[name] else f"{name}/valid: no files" for name in without]
         raise UserError(
             f"the balancer {config.balancer.kind} needs validation data of every task; there is none for {', '.join(without)}\n  "

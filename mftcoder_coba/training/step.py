@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,6 +92,21 @@ def train_step(engine: Engine, balancer: Balancer, micro_batches: list[Batch], l
         grad_norm=result.grad_norm,
         skipped=result.skipped,
     )
+
+
+def losses_of(engine: Engine, batches: Iterable[Batch]) -> tuple[np.ndarray, np.ndarray]:
+    """Measures, and trains nothing: (losses [K], NaN for absent tasks; supervised tokens [K]) over the batches of all ranks.
+
+    Every rank gives the same number of batches, at least one. One all-reduce. Dropout is as the engine has it.
+    """
+    parts = []
+    with torch.no_grad():
+        for batch in batches:
+            counts = torch.from_numpy(np.stack([batch.denominators, batch.tokens.astype(np.float64)])).to(engine.device)
+            parts.append(torch.cat([forward(engine, batch, None)[1][None], counts]))
+    sums, denominators, tokens = engine.processes.all_reduce_sum(torch.stack(parts).sum(0)).cpu().numpy()
+    losses = np.divide(sums, denominators, out=np.full(len(sums), np.nan), where=denominators > 0)
+    return losses, tokens.astype(np.int64)
 
 
 def _fingerprint(weights: np.ndarray) -> float:

@@ -50,6 +50,7 @@ class Tracker:
             grad_norm=outcome.grad_norm,
             tokens=outcome.total_tokens,
             tokens_per_second=outcome.total_tokens / seconds,
+            seconds=seconds,
             tasks=self._by_task(loss=outcome.losses, tokens=outcome.tokens, weight=outcome.weights),
         )
         if outcome.skipped:
@@ -64,8 +65,13 @@ class Tracker:
                     task=name,
                 )
 
-    def balancer(self, step: int) -> None:
-        self._write("balancer", step, **self.run.balancer.record())
+    def balancer(self, step: int, seconds: float, losses: np.ndarray | None, slots: np.ndarray | None) -> None:
+        """`losses` and `slots` [K] of the validation mini-batch, if the balancer looked at one: whatever it records, a replay needs them."""
+        record = self.run.balancer.record()
+        if losses is not None:
+            for name, measured in self._by_task(valid_loss=losses, slot=slots).items():
+                record["tasks"][name] = measured | record["tasks"][name]
+        self._write("balancer", step, seconds=seconds, **record)
 
     def validation(self, step: int, losses: np.ndarray, initial: np.ndarray, tokens: np.ndarray) -> None:
         ratios = losses / initial

@@ -12,7 +12,7 @@ import torch
 
 from mftcoder_coba.balancing import Signals
 from mftcoder_coba.config import Config
-from mftcoder_coba.data import load_tokenizer, prepare
+from mftcoder_coba.data import Batch, load_tokenizer, prepare
 from mftcoder_coba.engine import Processes, build_deepspeed_config, launched_local_rank, launched_world_size
 from mftcoder_coba.errors import RunFailure
 from mftcoder_coba.models import check_adapter, write_export
@@ -20,7 +20,7 @@ from mftcoder_coba.training.assembly import Run, assemble, check_data
 from mftcoder_coba.training.checkpoints import Checkpoints
 from mftcoder_coba.training.learning_rate import learning_rate
 from mftcoder_coba.training.run_folder import RunFolder
-from mftcoder_coba.training.step import train_step
+from mftcoder_coba.training.step import StepOutcome, losses_of, train_step
 from mftcoder_coba.training.stopping import BestStep
 from mftcoder_coba.training.tracker import Tracker
 
@@ -89,22 +89,39 @@ class Loop:
         total = self.run.plan.total_steps
         while self.step < total and not self.stopped_early:
             self.step += 1
-            self.train()
-            if self.run.balancer.wants(self.step):
-                self.observe()
+            self.train_and_observe()
             last = self.step == total
             if last or self.step % self.config.validation.every_steps == 0:
                 self.validate()
             if last or self.stopped_early or self.step % self.config.checkpoint.every_steps == 0:
                 self.save()
 
-    def train(self) -> None:
+    def train_and_observe(self) -> None:
+        """One optimizer step, and what the balancer wants to know of it."""
+        run = self.run
+        batches = run.micro_batches(self.step)
+        wanted = run.balancer.signals if run.balancer.wants(self.step) else frozenset()
+        started = time.perf_counter()
+        before = self.mini_batch()[0] if "validation_losses_before" in wanted else None
+        measuring = time.perf_counter() - started
+        outcome = self.train(batches)
+        if not run.balancer.wants(self.step):
+            return
+        started = time.perf_counter()
+        losses, slots = self.mini_batch() if "validation_losses" in wanted else (None, None)
+        after = None
+        if "train_losses_after" in wanted:
+            self.seed_dropout()  # the same masks as in the step
+            after = finite(losses_of(run.engine, batches)[0])
+        run.balancer.observe(Signals(self.step, finite(outcome.losses), after, losses, before, slots))
+        self.tracker.balancer(self.step, measuring + time.perf_counter() - started, losses, slots)
+
+    def train(self, batches: list[Batch]) -> StepOutcome:
         run, training = self.run, self.config.training
         started = time.perf_counter()
-        # Dropout is a function of seed, step and rank: a resumed run draws the same without saved generator states.
-        torch.manual_seed(np.random.SeedSequence([self.config.run.seed, self.step, run.processes.rank]).generate_state(1, np.uint64)[0])
+        self.seed_dropout()
         rate = learning_rate(training, self.step, run.plan.warmup_steps, run.plan.total_steps)
-        outcome = train_step(run.engine, run.balancer, run.micro_batches(self.step), rate)
+        outcome = train_step(run.engine, run.balancer, batches, rate)
         self.tracker.train(self.step, outcome, rate, time.perf_counter() - started)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if outcome.skipped else 0
         if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -113,16 +130,17 @@ class Loop:
                 f"loss or gradient were not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, up to step {self.step}; none of them changed the model. "
                 f"The last good state is {self.checkpoints.folder}/step-{self.step:06d}. Lower the learning rate, or look at the data of these steps."
             )
+        return outcome
 
-    def observe(self) -> None:
-        """One observation of the balancer, after the step."""
-        run = self.run
-        losses = slots = None
-        if "validation_losses" in run.balancer.signals:
-            observation = self.step // getattr(self.config.balancer, "update_interval", 1) - 1
-            losses, slots = run.validation.mini_batch(run.stream, observation)
-        run.balancer.observe(Signals(self.step, losses, slots))
-        self.tracker.balancer(self.step)
+    def seed_dropout(self) -> None:
+        """Dropout is a function of seed, step and rank: a resumed run draws the same without saved generator states."""
+        torch.manual_seed(np.random.SeedSequence([self.config.run.seed, self.step, self.run.processes.rank]).generate_state(1, np.uint64)[0])
+
+    def mini_batch(self) -> tuple[np.ndarray, np.ndarray]:
+        """(losses [K], slots [K]) of this step's validation mini-batch."""
+        observation = self.step // getattr(self.config.balancer, "update_interval", 1) - 1
+        losses, slots = self.run.validation.mini_batch(self.run.stream, observation)
+        return finite(losses), slots
 
     def validate_before_training(self) -> None:
         """The denominators v_k(0) of every loss ratio."""
@@ -180,3 +198,8 @@ class Loop:
         self.run.balancer.load_state_dict(state["balancer"])
         self.best.load_state_dict(state["best"])
         self.stopped_early = self.best.exhausted
+
+
+def finite(losses: np.ndarray) -> np.ndarray:
+    """What is not finite counts as missing: NaN."""
+    return np.where(np.isfinite(losses), losses, np.nan)

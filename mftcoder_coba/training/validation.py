@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
-import torch
 
-from mftcoder_coba.data import BalancerStream, Row, TaskData, collate, validation_rows
+from mftcoder_coba.data import BalancerStream, Batch, Row, TaskData, collate, validation_rows
 from mftcoder_coba.engine import Engine
-from mftcoder_coba.training.step import forward
+from mftcoder_coba.training.step import losses_of
 
 
 class Validation:
@@ -42,17 +41,14 @@ class Validation:
         per_rank = -(-len(rows) // processes.world_size)
         passes = max(1, -(-per_rank // self.rows_per_batch))
         width = -(-per_rank // passes)
-        sums = torch.zeros(tasks, dtype=torch.float64, device=self.engine.device)
-        counts = np.zeros(tasks)
-        with self.engine.evaluating():
+
+        def batches() -> Iterator[Batch]:
             for index in range(passes):
                 start = (index * processes.world_size + processes.rank) * width
                 part = rows[start : start + width]
-                batch = collate(
+                yield collate(
                     part, self.data, tasks, self.pad_token_id, "token", max(1, len(part)), max_length=self.sequence_length, isolate=self.isolate
                 )
-                sums += forward(self.engine, batch, None)[1]
-                counts += batch.tokens
-        totals = processes.all_reduce_sum(torch.cat([sums, torch.from_numpy(counts).to(sums.device)])).cpu().numpy()
-        tokens = totals[tasks:]
-        return np.divide(totals[:tasks], tokens, out=np.full(tasks, np.nan), where=tokens > 0), tokens.astype(np.int64)
+
+        with self.engine.evaluating():
+            return losses_of(self.engine, batches())

@@ -26,7 +26,7 @@ def feed(balancer, losses, slots=None, first=1):
     result = []
     for i, row in enumerate(np.asarray(losses)):
         slot = np.zeros(len(row), int) if slots is None else np.asarray(slots)[i]
-        balancer.observe(Signals(first + i, row, slot))
+        balancer.observe(Signals(first + i, validation_losses=row, slots=slot))
         result.append(balancer.weights(UNUSED))
     return np.array(result)
 
@@ -96,7 +96,7 @@ def test_the_first_w_observed_steps_train_with_uniform_weights_and_the_next_one_
     for step in range(1, 8 * every):
         used.append(balancer.weights(UNUSED))
         if balancer.wants(step):
-            balancer.observe(Signals(step, walks(1)[step]))
+            balancer.observe(Signals(step, validation_losses=walks(1)[step]))
     assert all((weights == 1 / 3).all() for weights in used[: 5 * every])
     assert all((weights != 1 / 3).all() for weights in used[5 * every :])
 

@@ -59,7 +59,7 @@ def weights_of(initial, observations, **settings):
     balancer.start(np.array(initial))
     result = []
     for step, losses, slots in observations:
-        balancer.observe(Signals(step, np.array(losses), np.array(slots)))
+        balancer.observe(Signals(step, validation_losses=np.array(losses), slots=np.array(slots)))
         result.append(balancer.weights(np.ones(len(initial))))
     return np.array(result)
 

@@ -18,11 +18,15 @@ def coba(tasks=TASKS, coverage=4, **config):
     return create(CobaConfig(kind="coba", **config), tasks, coverage)
 
 
+def observation(step, losses, slots=None):
+    return Signals(step, validation_losses=losses, slots=slots)
+
+
 def observations(count=80, missing=0.2):
     rng = np.random.default_rng(11)
     losses = np.exp(np.cumsum(rng.normal(-0.005, 0.02, (count, 3)), axis=0))
     losses[rng.random(losses.shape) < missing] = np.nan
-    return [Signals(3 * t, losses[t - 1], (t - 1) % np.array([4, 3, 2])) for t in range(1, count + 1)]
+    return [observation(3 * t, losses[t - 1], (t - 1) % np.array([4, 3, 2])) for t in range(1, count + 1)]
 
 
 @pytest.mark.parametrize("slope", ["ols", "paired"])
@@ -58,8 +62,8 @@ def test_loading_replaces_what_the_balancer_had_seen():
 def test_a_record_holds_plain_json_values_of_the_observation_and_the_next_weights():
     balancer = coba(window=4, warmup=2)
     balancer.start(np.array([2.0, 4.0, 1.0]))
-    balancer.observe(Signals(1, np.array([1.8, 3.0, 0.5]), np.array([0, 1, 2])))
-    balancer.observe(Signals(2, np.array([1.6, np.nan, np.inf]), np.array([1, 0, 0])))
+    balancer.observe(observation(1, np.array([1.8, 3.0, 0.5]), np.array([0, 1, 2])))
+    balancer.observe(observation(2, np.array([1.6, np.nan, np.inf]), np.array([1, 0, 0])))
     record = json.loads(json.dumps(balancer.record(), allow_nan=False))
     math, code, chat = (record["tasks"][name] for name in TASKS)
     assert list(math) == ["valid_loss", "ratio", "slope", "rcs", "acs", "weight", "slot"]
@@ -92,10 +96,13 @@ def test_a_loss_before_training_that_cannot_divide_is_refused_by_the_tasks_name(
 
 
 OTHER_ORDER, OTHER_SLOPE = coba(["math", "chat", "code"]).state_dict(), coba(slope="paired").state_dict()
+OTHER_VARIANT = coba(variant="mftcoder").state_dict()
 
 
 @pytest.mark.parametrize(
-    ("state", "named"), [(OTHER_ORDER, "chat, code"), (OTHER_SLOPE, "paired"), ({}, "another balancer")], ids=["order", "slope", "balancer"]
+    ("state", "named"),
+    [(OTHER_ORDER, "chat, code"), (OTHER_SLOPE, "paired"), (OTHER_VARIANT, "mftcoder"), ({}, "another balancer")],
+    ids=["order", "slope", "variant", "balancer"],
 )
 def test_a_state_that_does_not_fit_is_refused(state, named):
     with pytest.raises(UserError, match=named):
@@ -105,15 +112,15 @@ def test_a_state_that_does_not_fit_is_refused(state, named):
 def test_steps_must_increase_and_observations_must_have_the_shape_of_the_tasks():
     balancer = coba(slope="paired")
     with pytest.raises(ValueError, match="start"):
-        balancer.observe(Signals(1, np.ones(3), np.zeros(3, int)))
+        balancer.observe(observation(1, np.ones(3), np.zeros(3, int)))
     balancer.start(np.ones(3))
     with pytest.raises(ValueError, match="shape"):
-        balancer.observe(Signals(1, np.ones(2), np.zeros(3, int)))
+        balancer.observe(observation(1, np.ones(2), np.zeros(3, int)))
     with pytest.raises(ValueError, match="slot"):
-        balancer.observe(Signals(1, np.ones(3)))
-    balancer.observe(Signals(2, np.ones(3), np.zeros(3, int)))
+        balancer.observe(observation(1, np.ones(3)))
+    balancer.observe(observation(2, np.ones(3), np.zeros(3, int)))
     with pytest.raises(ValueError, match="step 2"):
-        balancer.observe(Signals(2, np.ones(3), np.zeros(3, int)))
+        balancer.observe(observation(2, np.ones(3), np.zeros(3, int)))
 
 
 @pytest.mark.parametrize(("coverage", "window", "warmup"), [(1, 2, 1), (12, 24, 12), (700, 1400, 700)])

@@ -40,7 +40,7 @@ def test_they_want_no_signal_and_need_no_validation_data(config):
     assert resolve(config, 0) == config
     assert balancer.signals == frozenset() and not any(balancer.wants(step) for step in range(1, 9))
     with pytest.raises(ValueError, match="no observations"):
-        balancer.observe(Signals(1, np.ones(4)))
+        balancer.observe(Signals(1, validation_losses=np.ones(4)))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.kind)

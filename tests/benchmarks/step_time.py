@@ -55,7 +55,7 @@ def ours(run: Run):
         train_step(run.engine, run.balancer, run.micro_batches(number), 1e-4)
         if run.balancer.wants(number):
             losses, slots = run.validation.mini_batch(run.stream, number - 1)
-            run.balancer.observe(Signals(number, losses, slots))
+            run.balancer.observe(Signals(number, validation_losses=losses, slots=slots))
 
     return step
 

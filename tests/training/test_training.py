@@ -118,6 +118,20 @@ def test_an_adapter_run_exports_an_adapter_that_peft_loads(run):
         ("plain", 1, ["balancer.kind=uniform", "deepspeed.zero_optimization.stage=0", "training.reduction=sample"]),
         ("proportional", 2, ["balancer.kind=proportional", "deepspeed.zero_optimization.stage=1", "model.attention=eager", "model.dtype=bfloat16"]),
         (
+            "famo",
+            2,
+            ['balancer={"kind": "famo"}'],
+        ),
+        (
+            "famo-validation",
+            1,
+            ['balancer={"kind": "famo", "signal": "validation"}', LORA],
+        ),
+        ("lbtw", 1, ['balancer={"kind": "lbtw", "signal": "validation"}']),
+        ("dwa", 1, ['balancer={"kind": "dwa", "window": 2}', "data.valid_fraction=0"]),
+        ("uncertainty", 2, ['balancer={"kind": "uncertainty"}', "deepspeed.zero_optimization.stage=3"]),
+        ("random", 1, ['balancer={"kind": "random"}']),
+        (
             "fixed",
             1,
             ['balancer={"kind": "fixed", "weights": {"count": 1, "reverse": 2, "upper": 1}}', LORA, "training.max_steps=null", "training.epochs=1.5"],
@@ -160,7 +174,7 @@ def test_a_run_that_was_ended_goes_on_from_its_checkpoint_as_if_nothing_had_happ
         ours, theirs = records(resumed, kind), records(straight, kind)
         assert [record["step"] for record in ours] == [record["step"] for record in theirs]
         for one, other in zip(ours, theirs, strict=True):
-            assert {**one, "tokens_per_second": None} == {**other, "tokens_per_second": None}
+            assert {**one, "tokens_per_second": None, "seconds": None} == {**other, "tokens_per_second": None, "seconds": None}
     assert [event["name"] for event in records(resumed, "event")].count("resume") == 1
     file = "adapter_model.safetensors" if changes else "model.safetensors"
     ours, theirs = load_file(resumed / "export" / file), load_file(straight / "export" / file)
