@@ -107,11 +107,38 @@ def replay(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="a run folder, e.g. runs/demo")]) -> None:
-    """Build report/report.html and its figures from a run folder."""
+def compare(
+    config: ConfigFile,
+    out: Annotated[Path, typer.Option(help="the comparison's folder; the same command goes on in it")],
+    methods: Annotated[
+        list[str],
+        typer.Option(
+            "--methods", help="a balancer with its defaults; lbtw*, gradnorm*, famo*: on validation losses; single_task: a model per task; else all"
+        ),
+    ] = [],  # noqa: B006
+    plan: Annotated[
+        Path | None, typer.Option(help='a JSON file of methods with settings: {"coba-paired": {"kind": "coba", "slope": "paired"}}')
+    ] = None,
+    seeds: Annotated[list[int], typer.Option("--seeds", help="may be repeated; else the experiment's")] = [],  # noqa: B006
+    overrides: Overrides = [],  # noqa: B006
+    launcher: Annotated[str, typer.Option(help='what starts each run on several processes, e.g. "deepspeed --num_gpus 2"')] = "",
+    keep_models: Annotated[bool, typer.Option("--keep-models", help="keep the best model of each run")] = False,
+) -> None:
+    """Train with several balancers and seeds, all else being equal, and write tables and figures."""
+    from mftcoder_coba.comparing import compare as run_comparison
+
+    run_comparison(config, out, methods, plan, seeds, overrides, launcher, keep_models)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders, e.g. runs/demo; several are compared side by side")],
+    out: Annotated[Path | None, typer.Option(help="folder for report.html and its figures; needed for several runs; else RUN/report")] = None,
+) -> None:
+    """Build report.html and its figures from one run folder, or from several side by side."""
     from mftcoder_coba.reporting.report import build_report
 
-    print(build_report(run))
+    print(build_report(*runs, out=out))
 
 
 def main() -> None:

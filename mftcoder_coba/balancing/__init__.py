@@ -1,4 +1,4 @@
-"""Losses in, task weights out.
+"""Measurements of the tasks in, task weights out.
 
 The picture: the training loss of one step is sum_k w_k * (mean loss of task k). A balancer chooses the w_k.
 
@@ -21,19 +21,22 @@ A step of the loop:
         balancer.observe(Signals(step=step, validation_losses=..., slots=...))
         write(balancer.record())
 
-A new method is a file with one class, a line in `METHODS`, and, where it needs a new signal, a field of `Signals`.
+A new method is a file with one class, a line in `METHODS`, and, where it needs a new signal, a field of `Signals` (and a
+name in `VALIDATION_SIGNALS`, if it takes validation data to measure it).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mftcoder_coba.balancing.base import Balancer, Signals
+from mftcoder_coba.balancing.base import VALIDATION_SIGNALS, Balancer, Signals
 from mftcoder_coba.balancing.coba import Coba
 from mftcoder_coba.balancing.dwa import Dwa
 from mftcoder_coba.balancing.famo import Famo
 from mftcoder_coba.balancing.fixed import Fixed
+from mftcoder_coba.balancing.gradnorm import GradNorm
 from mftcoder_coba.balancing.lbtw import Lbtw
+from mftcoder_coba.balancing.metaweighting import MetaWeighting
 from mftcoder_coba.balancing.proportional import Proportional
 from mftcoder_coba.balancing.random import Random
 from mftcoder_coba.balancing.uncertainty import Uncertainty
@@ -41,7 +44,7 @@ from mftcoder_coba.balancing.uniform import Uniform
 from mftcoder_coba.config import BalancerConfig, CobaConfig
 from mftcoder_coba.errors import UserError
 
-__all__ = ["METHODS", "Balancer", "Signals", "create", "resolve", "signals_of"]
+__all__ = ["METHODS", "VALIDATION_SIGNALS", "Balancer", "Signals", "create", "resolve", "signals_of"]
 
 METHODS = {
     "coba": Coba,
@@ -52,7 +55,9 @@ METHODS = {
     "lbtw": Lbtw,
     "dwa": Dwa,
     "uncertainty": Uncertainty,
+    "gradnorm": GradNorm,
     "famo": Famo,
+    "metaweighting": MetaWeighting,
 }
 
 
@@ -72,22 +77,30 @@ def create(config: BalancerConfig, tasks: Sequence[str], coverage: int) -> Balan
 def signals_of(config: BalancerConfig) -> frozenset[str]:
     """The fields of `Signals` that the balancer of `config` needs."""
     method = METHODS[config.kind]
-    # A method with a choice of signals lists them by the config's word for it.
-    return method.SIGNALS[config.signal] if hasattr(method, "SIGNALS") else method.signals
+    return method.signals if method.choice is None else method.SIGNALS[getattr(config, method.choice)]
 
 
 def resolve(config: BalancerConfig, coverage: int) -> BalancerConfig:
     """`config` with every "auto" replaced by its number: the window N = 2 M, the warm-up W = M.
 
     Raises:
-        UserError: a method that measures validation losses without validation data; paired slopes with a window in which no
+        UserError: a method that measures on validation data, without such data; paired slopes with a window in which no
             slot would come twice; CoBa's variant "mftcoder" with a window below the warm-up or with `df_history` "all".
     """
-    if coverage < 1 and "validation_losses" in signals_of(config):
-        where, instead = ("balancer.signal", 'set this to "train"') if hasattr(config, "signal") else ("balancer.kind", "choose another balancer")
+    if coverage < 1 and signals_of(config) & VALIDATION_SIGNALS:
+        where, instead = _way_out(config)
         fix = f"give every task `valid` files or set data.valid_fraction above 0, or {instead}"
         raise UserError(f"{config.kind} needs validation data and there is none", where, fix)
     return _resolve_coba(config, coverage) if isinstance(config, CobaConfig) else config
+
+
+def _way_out(config: BalancerConfig) -> tuple[str, str]:
+    """The key of the config that can be changed so that no validation data is needed, and what to do with it."""
+    method = METHODS[config.kind]
+    for value, signals in method.SIGNALS.items() if method.choice else ():
+        if not signals & VALIDATION_SIGNALS:
+            return f"balancer.{method.choice}", f'set this to "{value}"'
+    return "balancer.kind", "choose another balancer"
 
 
 def _resolve_coba(config: CobaConfig, coverage: int) -> CobaConfig:

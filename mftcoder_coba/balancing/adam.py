@@ -13,13 +13,16 @@ def adam_state(count: int) -> dict[str, np.ndarray]:
     return {"updates": np.zeros(count, np.int64), "gradient_mean": np.zeros(count), "gradient_square": np.zeros(count)}
 
 
-def adam_step(values: np.ndarray, gradient: np.ndarray, state: dict[str, np.ndarray], rate: float, decay: float = 0.0) -> np.ndarray:
+def adam_step(
+    values: np.ndarray, gradient: np.ndarray, state: dict[str, np.ndarray], rate: float, decay: float = 0.0, epsilon: float = EPSILON
+) -> np.ndarray:
     """The new values; `state` is updated in place.
 
     Args:
         values, gradient: [n]. A NaN gradient leaves its number and all that is kept of it as they are.
         state: holds what `adam_state` names.
         decay: added to the gradient as decay * values, as torch.optim.Adam does.
+        epsilon: the size of gradient below which steps shrink.
     """
     there = ~np.isnan(gradient)
     full = gradient + decay * values
@@ -27,7 +30,7 @@ def adam_step(values: np.ndarray, gradient: np.ndarray, state: dict[str, np.ndar
     mean = BETA_MEAN * state["gradient_mean"] + (1 - BETA_MEAN) * full
     square = BETA_SQUARE * state["gradient_square"] + (1 - BETA_SQUARE) * full * full
     root = np.sqrt(square / (1 - BETA_SQUARE**updates))
-    moved = values - rate * (mean / (1 - BETA_MEAN**updates)) / (root + EPSILON)
+    moved = values - rate * (mean / (1 - BETA_MEAN**updates)) / (root + epsilon)
     for name, new in (("updates", updates), ("gradient_mean", mean), ("gradient_square", square)):
         state[name] = np.where(there, new, state[name])
     return np.where(there, moved, values)

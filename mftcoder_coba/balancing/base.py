@@ -13,13 +13,24 @@ from mftcoder_coba.errors import UserError
 LARGEST_LOSS = 1e100
 # What too small a weight is lifted to, so that every weight is positive.
 SMALLEST_WEIGHT = 1e-300
+# The fields of `Signals` that are measured on validation data.
+VALIDATION_SIGNALS = frozenset(
+    {
+        "validation_losses",
+        "validation_losses_before",
+        "validation_output_gradient_norms",
+        "output_gradient_products",
+        "full_gradient_products",
+    }
+)
 
 
 @dataclass(frozen=True)
 class Signals:
     """What was measured after one optimizer step. A balancer's `signals` are names of fields here.
 
-    All losses are [K] float64, means of each task; NaN where it is absent or not finite.
+    All losses are [K] float64, means of each task; NaN where it is absent or not finite. Norms and
+    products are NaN there too.
 
     Attributes:
         step: the optimizer step (1-based) after which it was measured.
@@ -29,6 +40,12 @@ class Signals:
         validation_losses_before: of the same mini-batch, before the step.
         slots: [K] which mini-batch of its cycle each task's loss is from: small numbers, 0, 1, ...; a task's equal numbers
             stand for the same samples. Comes with `validation_losses`.
+        output_gradient_norms: [K] Euclidean norms of the gradients of `train_losses` with respect to the output layer
+            (weight and bias), at the parameters before the step.
+        validation_output_gradient_norms: [K] those of `validation_losses`, at the parameters after the step.
+        output_gradient_products: [K] inner product of the gradient of the *sum* of `validation_losses`, after the step, with
+            the gradient of each of the `train_losses`, before it; both with respect to the output layer.
+        full_gradient_products: [K] the same with respect to all trained parameters.
     """
 
     step: int
@@ -37,13 +54,24 @@ class Signals:
     validation_losses: np.ndarray | None = None
     validation_losses_before: np.ndarray | None = None
     slots: np.ndarray | None = None
+    output_gradient_norms: np.ndarray | None = None
+    validation_output_gradient_norms: np.ndarray | None = None
+    output_gradient_products: np.ndarray | None = None
+    full_gradient_products: np.ndarray | None = None
 
 
 class Balancer(Protocol):
-    """A method that chooses task weights. It is built from (resolved config, task names)."""
+    """A method that chooses task weights. It is built from (resolved config, task names).
+
+    Attributes:
+        signals: the fields of `Signals` that it needs. A class has them too where they do not depend on the config.
+        choice: the config's key that decides on the signals, or None. A class with one has `SIGNALS`: the key's values, each
+            with its signals.
+    """
 
     tasks: tuple[str, ...]
     signals: frozenset[str]
+    choice: str | None
 
     def start(self, initial: np.ndarray) -> None:
         """Called once before the first step of a new run (not of a resumed one) with `initial` [K] float64: each task's
@@ -75,6 +103,7 @@ class SignalFree:
     what it gave last in `last`."""
 
     signals: frozenset[str] = frozenset()
+    choice: str | None = None
 
     def __init__(self, tasks: tuple[str, ...]):
         self.tasks = tasks
@@ -103,13 +132,14 @@ class SignalFree:
 class Stateful:
     """What the methods have in common that go on, step by step, from arrays of numbers.
 
-    A child has `kind` and `signals`; gives its arrays to `__init__` and finds them in `state`: [..., K] with the tasks last,
-    float64 with NaN for "nothing yet", or integers; defines `_learn`, `_weigh` and `_shown`. A task whose loss is missing
-    leaves its part of every array as it is.
+    A child has `kind`, and `signals` or `choice` with `SIGNALS`; gives its arrays to `__init__` and finds them in `state`:
+    [..., K] with the tasks last, float64 with NaN for "nothing yet", or integers; defines `_learn`, `_weigh` and `_shown`. A
+    task of which a measurement is missing leaves its part of every array as it is.
     """
 
     kind: str
     signals: frozenset[str]
+    choice: str | None = None
 
     def __init__(self, tasks: tuple[str, ...], **state: np.ndarray):
         self.tasks = tasks
@@ -146,7 +176,7 @@ class Stateful:
             what = (
                 f"the checkpoint is of a run whose {self.kind} looked at {', '.join(state['signals'])}; here it is {', '.join(sorted(self.signals))}"
             )
-            raise UserError(what, "balancer.signal", 'restore that setting, or start a new run with checkpoint.resume = "never"')
+            raise UserError(what, f"balancer.{self.choice or 'kind'}", 'restore that setting, or start a new run with checkpoint.resume = "never"')
         self._step = state["step"]
         self.state = {name: np.array(state[name], values.dtype) for name, values in self.state.items()}  # None becomes NaN
 
@@ -185,12 +215,19 @@ def divisors(initial: np.ndarray, tasks: tuple[str, ...], kind: str) -> np.ndarr
     return initial
 
 
-def measured(losses: np.ndarray | None, count: int) -> np.ndarray:
-    """[count] losses, with NaN for what is no measurement: not finite, negative, or above LARGEST_LOSS."""
-    values = np.asarray(losses, np.float64)
+def measured(values: np.ndarray | None, count: int, signed: bool = False) -> np.ndarray:
+    """[count] losses, norms or, if `signed`, products, with NaN for what is no measurement: not finite, of a size above
+    LARGEST_LOSS, or negative where not `signed`."""
+    values = np.asarray(values, np.float64)
     if values.shape != (count,):
-        raise ValueError(f"losses have the shape {values.shape}, not ({count},)")
-    return np.where((values >= 0) & (values <= LARGEST_LOSS), values, np.nan)
+        raise ValueError(f"measurements have the shape {values.shape}, not ({count},)")
+    return np.where((values <= LARGEST_LOSS) & (values >= (-LARGEST_LOSS if signed else 0)), values, np.nan)
+
+
+def loss_ratios(losses: np.ndarray, initial: np.ndarray) -> np.ndarray:
+    """[K] losses / initial, LARGEST_LOSS at most; NaN where one is. `initial` is positive."""
+    with np.errstate(over="ignore"):
+        return np.minimum(losses / initial, LARGEST_LOSS)
 
 
 def normalised(values: np.ndarray) -> np.ndarray:
@@ -199,49 +236,24 @@ def normalised(values: np.ndarray) -> np.ndarray:
     return scaled / scaled.sum()
 
 
-class History:
-    """Values in the order of their arrival: the last `limit` of them, or all.
-
-    They lie in that order in one block of memory, whatever came before them, so a sum over them has the same bits before
-    and after a restart. (A ring buffer would sum from another starting point.)
-    """
-
-    def __init__(self, shape: tuple[int, ...] = (), limit: int | None = None, dtype: type = np.float64):
-        self._block = np.empty((16, *shape), dtype)
-        self._limit = limit
-        self._start = self._end = 0
-
-    @property
-    def values(self) -> np.ndarray:
-        """[n, *shape], a view that the next `append` may invalidate."""
-        return self._block[self._start : self._end]
-
-    def append(self, value: Any) -> None:
-        if self._end == len(self._block):
-            self._make_room()
-        self._block[self._end] = value
-        self._end += 1
-        if self._limit is not None and self._end - self._start > self._limit:
-            self._start += 1
-
-    def load(self, values: list[Any]) -> None:
-        """Replaces the content by what `plain` made of the values of another history."""
-        self._start = self._end = 0
-        for value in values:
-            self.append(np.array(value, self._block.dtype))  # None becomes NaN
-
-    def _make_room(self) -> None:
-        # Twice what is kept: a value is moved once on average, however long the run.
-        kept = self.values
-        block = np.empty((max(16, 2 * len(kept)), *kept.shape[1:]), kept.dtype)
-        block[: len(kept)] = kept
-        self._block, self._start, self._end = block, 0, len(kept)
-
-
 def softmax(values: np.ndarray) -> np.ndarray:
     """exp(values) / sum(exp(values)), for finite values of any size. [n] -> [n]"""
     powers = np.exp(values - values.max())
     return powers / powers.sum()
+
+
+def through_softmax(logits: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+    """The gradient with respect to `logits` [K] from that with respect to z = softmax(logits): z_k (g_k - sum_j z_j g_j).
+
+    A task whose g is NaN takes no part: its result is NaN, and z is the softmax over the others.
+    """
+    there = ~np.isnan(gradient)
+    result = np.full(len(gradient), np.nan)
+    if there.any():
+        z, g = softmax(logits[there]), gradient[there]
+        # As sum_j z_j (g_k - g_j): where all g are equal it is exactly 0, and Adam makes full steps of rounding errors.
+        result[there] = z * ((g[:, None] - g) * z).sum(axis=1)
+    return result
 
 
 def plain(values: np.ndarray) -> list[Any]:

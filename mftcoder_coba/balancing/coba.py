@@ -31,9 +31,10 @@ from typing import Any
 
 import numpy as np
 
-from mftcoder_coba.balancing.base import History, Signals, check_state, divisors, plain
+from mftcoder_coba.balancing.base import Signals, check_state, divisors, plain
 from mftcoder_coba.balancing.coba_formulas import absolute_scores, divergence_factor, ols_slopes, paired_slopes, relative_scores
 from mftcoder_coba.balancing.coba_mftcoder import balanced_and_floored, fitted_part, gapless_slopes, scored_part, unclipped_factor
+from mftcoder_coba.balancing.history import History
 from mftcoder_coba.config import CobaConfig
 from mftcoder_coba.errors import UserError
 
@@ -50,6 +51,7 @@ class Coba:
     """
 
     signals = frozenset({"validation_losses"})
+    choice = None
 
     def __init__(self, config: CobaConfig, tasks: tuple[str, ...]):
         self.tasks = tasks

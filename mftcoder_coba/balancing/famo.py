@@ -24,7 +24,7 @@ from __future__ import annotations
 import numpy as np
 
 from mftcoder_coba.balancing.adam import adam_state, adam_step
-from mftcoder_coba.balancing.base import Signals, Stateful, measured, normalised, softmax
+from mftcoder_coba.balancing.base import Signals, Stateful, measured, normalised, softmax, through_softmax
 from mftcoder_coba.config import FamoConfig
 
 EPSILON = 1e-8
@@ -32,6 +32,7 @@ EPSILON = 1e-8
 
 class Famo(Stateful):
     kind = "famo"
+    choice = "signal"
     SIGNALS = {
         "train": frozenset({"train_losses", "train_losses_after"}),
         "validation": frozenset({"validation_losses_before", "validation_losses"}),
@@ -52,17 +53,9 @@ class Famo(Stateful):
             pair = signals.train_losses, signals.train_losses_after
         before, after = (measured(losses, len(self.tasks)) for losses in pair)
         progress = np.log(before + EPSILON) - np.log(after + EPSILON)
-        self.state["logit"] = adam_step(self.state["logit"], self._gradient(progress), self.state, self._config.learning_rate, self._config.decay)
+        gradient = through_softmax(self.state["logit"], progress)
+        self.state["logit"] = adam_step(self.state["logit"], gradient, self.state, self._config.learning_rate, self._config.decay)
         self.state["loss"] = np.where(np.isnan(after), self.state["loss"], after)
-
-    def _gradient(self, progress: np.ndarray) -> np.ndarray:
-        """[K] d -> [K] the softmax Jacobian applied to it, over the tasks that have one; NaN for the others."""
-        there = ~np.isnan(progress)
-        gradient = np.full(len(progress), np.nan)
-        if there.any():
-            z, d = softmax(self.state["logit"][there]), progress[there]
-            gradient[there] = z * (d - (z * d).sum())
-        return gradient
 
     def _weigh(self) -> np.ndarray:
         z, losses = softmax(self.state["logit"]), self.state["loss"]

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from mftcoder_coba.balancing.base import LARGEST_LOSS, Signals, Stateful, divisors, measured, normalised
+from mftcoder_coba.balancing.base import Signals, Stateful, divisors, loss_ratios, measured, normalised
 from mftcoder_coba.config import LbtwConfig
 
 
 class Lbtw(Stateful):
     kind = "lbtw"
+    choice = "signal"
     SIGNALS = {"train": frozenset({"train_losses"}), "validation": frozenset({"validation_losses"})}
 
     def __init__(self, config: LbtwConfig, tasks: tuple[str, ...]):
@@ -39,8 +40,7 @@ class Lbtw(Stateful):
         else:
             losses, initial = measured(signals.train_losses, len(self.tasks)), self.state["initial"]
             initial = self.state["initial"] = np.where(np.isnan(initial) & (losses > 0), losses, initial)
-        with np.errstate(over="ignore"):
-            ratio = np.minimum(losses / initial, LARGEST_LOSS)
+        ratio = loss_ratios(losses, initial)
         self.state["ratio"] = np.where(np.isnan(ratio), self.state["ratio"], ratio)
 
     def _weigh(self) -> np.ndarray:

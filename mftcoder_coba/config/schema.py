@@ -213,6 +213,15 @@ class UncertaintyConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 0.025
 
 
+class GradNormConfig(Section):
+    """GradNorm, arXiv 1711.02257, on the output layer: each task's weighted gradient norm follows its training rate."""
+
+    kind: Literal["gradnorm"]
+    alpha: Annotated[float, Field(ge=0)] = Field(1.5, description="how strongly a task that is behind is pulled; 0: equal norms")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(0.025, description="of the task weights, by Adam")
+    signal: Signal = "train"
+
+
 class FamoConfig(Section):
     """FAMO, arXiv 2306.03792."""
 
@@ -222,8 +231,28 @@ class FamoConfig(Section):
     signal: Signal = "train"
 
 
+class MetaWeightingConfig(Section):
+    """MetaWeighting (Findings of ACL 2022): weights follow the gradient of the validation losses with respect to them."""
+
+    kind: Literal["metaweighting"]
+    learning_rate: Annotated[float, Field(gt=0)] = Field(0.025, description="of the task logits, by Adam")
+    gradients: Literal["output_layer", "all"] = Field(
+        "output_layer", description="of which parameters; all: exact, with a backward pass for each task, for small models"
+    )
+
+
 BalancerConfig = Annotated[
-    CobaConfig | UniformConfig | ProportionalConfig | FixedConfig | RandomConfig | LbtwConfig | DwaConfig | UncertaintyConfig | FamoConfig,
+    CobaConfig
+    | UniformConfig
+    | ProportionalConfig
+    | FixedConfig
+    | RandomConfig
+    | LbtwConfig
+    | DwaConfig
+    | UncertaintyConfig
+    | GradNormConfig
+    | FamoConfig
+    | MetaWeightingConfig,
     Field(discriminator="kind"),
 ]
 

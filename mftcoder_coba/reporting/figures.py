@@ -1,34 +1,39 @@
-"""The figures of a run. Each function takes a `Run` and returns a Figure, or None where the run has nothing to show.
+"""What all figures have in common: styles, the sheet that a figure is drawn on, and its PNG.
 
-A task has one colour and line style in all figures. `narrow` draws for a phone: smaller, with letters that stay legible there.
+`run_figures` draws one run, `comparison_figures` several. Every figure can be drawn `narrow`, for a phone: smaller, with
+letters that stay legible there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from mftcoder_coba.reporting.records import Run, Series
-from mftcoder_coba.reporting.summary import best_step
-
 # Okabe and Ito's colours, which the colour-blind can tell apart, without yellow (too pale for a line).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
-# Past the seventh task the colours return with another line style.
+# Past the seventh line the colours return with another line style.
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1, 1.5), (6, 2, 1, 2))
 GREY = "#666666"
 DPI = 150
+# Values are noisy, and drawn as a running mean, when the way they go up and down is so many times their extent.
+NOISY = 8.0
+# So many points and more can have single wild ones, which must not press all others flat.
+MANY_POINTS = 50
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure of the report: file name without suffix, title, a sentence on how to read it, and what draws it."""
+    """A figure of the report: file name without suffix, title, a sentence on how to read it, and what draws it: a Figure, or
+    None where there is nothing to show."""
 
     name: str
     title: str
@@ -36,147 +41,120 @@ class Chart:
     draw: Callable[..., Figure | None]
 
 
-def style_of(tasks: list[str], task: str) -> tuple[str, tuple[float, ...]]:
-    """Colour and dash pattern (in line widths) of a task."""
-    number = tasks.index(task)
+def style_of(names: Sequence[str], name: str) -> tuple[str, tuple[float, ...]]:
+    """Colour and dash pattern (in line widths) of one of `names`."""
+    number = list(names).index(name)
     return COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
 
 
-def validation_ratio(run: Run, narrow: bool = False) -> Figure | None:
-    """Full validations as joined markers; the balancer's mini-batches as a faint line behind."""
-    full, stream = run.metrics.validation, run.metrics.balancer
-    if not _any(run, full, "ratio") and not _any(run, stream, "ratio"):
-        return None
-    figure, (axes,) = _canvas(run, narrow)
-    for task in run.tasks:
-        _line(axes, run, task, stream.steps, stream.of_task(task, "ratio"), faint=True)
-        _line(axes, run, task, full.steps, full.of_task(task, "ratio"), marker="o")
-    axes.axhline(1.0, color=GREY, linewidth=0.8)
-    best = best_step(run)
-    if best is not None:
-        _mark(axes, best.step, f"best step {best.step}")
-    # A few wild mini-batches must not press the curves flat.
-    curves = np.concatenate([full.of_task(task, "ratio") for task in run.tasks] + [[1.0]])
-    noise = np.concatenate([stream.of_task(task, "ratio") for task in run.tasks])
-    noise = noise[np.isfinite(noise)]
-    low, high = np.nanmin(curves), np.nanmax(curves)
-    if len(noise):
-        low, high = min(low, np.percentile(noise, 1)), max(high, np.percentile(noise, 99))
-    _limit(axes, low, high)
-    axes.set_ylabel("validation loss / loss before")
-    return _finish(figure, run, narrow)
+class Sheet:
+    """A figure that is being drawn: one or more axes over optimizer steps, whose lines stand for `names` in all of them.
+
+    Args:
+        names: of tasks or runs; they are the legend.
+        last_step: where the step axes end.
+        order: all names of the page; a name's place there is its style. None: `names`.
+    """
+
+    def __init__(self, names: Sequence[str], last_step: int, narrow: bool, order: Sequence[str] | None = None):
+        self.names, self.last_step, self.narrow = list(names), last_step, narrow
+        self.styles = {name: style_of(order or self.names, name) for name in self.names}
+        self.points = 8.5 if narrow else 10.0  # of letters
+        self.figure = Figure(dpi=DPI, layout="constrained", facecolor="white")
+
+    def panels(self, count: int = 1, columns: int = 1, height: float | None = None) -> list[Axes]:
+        """`count` axes, row by row; in one column they share the steps, in several also the values.
+
+        Args:
+            height: inches of one panel.
+        """
+        height = height or (3.0 if self.narrow else 3.7) * (1.0 if count == 1 else 0.55)
+        rows = -(-count // columns)
+        width = 4.0 if self.narrow else 7.6 if columns == 1 else 10.5
+        self.figure.set_size_inches(width, height * rows + 0.5)
+        grid = self.figure.subplots(rows, columns, sharex=True, sharey=columns > 1, squeeze=False)
+        ticks = max((5 if self.narrow else 8) // columns, 3)
+        for axes in grid.flat:
+            self._prepare(axes, ticks)
+        drawn, unused = list(grid.flat)[:count], list(grid.flat)[count:]
+        for axes in unused:
+            axes.set_visible(False)
+        for axes in drawn[-columns:]:  # nothing below them
+            axes.set_xlabel("optimizer step")
+            axes.tick_params(labelbottom=True)
+        return drawn
+
+    def _prepare(self, axes: Axes, ticks: int) -> None:
+        axes.grid(color="#e4e4e4", linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color("#999999")
+        axes.tick_params(labelsize=self.points, color="#999999")
+        for text in (axes.yaxis.get_offset_text(), axes.yaxis.label, axes.xaxis.label):
+            text.set_size(self.points)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=ticks, steps=[1, 2, 2.5, 5, 10], integer=True))
+        axes.set_xlim(0, max(self.last_step, 1) * 1.02)
+
+    def line(self, axes: Axes, name: str, steps: NDArray, values: NDArray, faint: bool = False, marker: str = "") -> None:
+        """The finite values, joined. One that stands alone gets a marker, or nobody would see it."""
+        seen = np.isfinite(values)
+        if not seen.any():
+            return
+        colour, dashes = self.styles[name]
+        if faint:
+            axes.plot(steps[seen], values[seen], color=colour, linewidth=0.6, alpha=0.22 if len(self.names) <= 5 else 0.13, zorder=1.5)
+        else:
+            marker = marker or ("o" if seen.sum() == 1 else "")
+            axes.plot(
+                steps[seen], values[seen], color=colour, linewidth=1.7, dashes=dashes or (None, None), marker=marker, markersize=3.5, zorder=2.5
+            )
+
+    def smooth_line(self, axes: Axes, name: str, steps: NDArray, values: NDArray) -> None:
+        """The running mean over a faint line of the values themselves."""
+        seen = np.isfinite(values)
+        self.line(axes, name, steps[seen], values[seen], faint=True)
+        self.line(axes, name, steps[seen], running_mean(values[seen]))
+
+    def plain_line(self, axes: Axes, steps: NDArray, values: NDArray, colour: str = "black") -> None:
+        """A line that stands for no name, such as a value of the whole run."""
+        seen = np.isfinite(values)
+        axes.plot(steps[seen], values[seen], color=colour, linewidth=1.4, marker="o" if seen.sum() == 1 else "", markersize=3.5)
+
+    def level(self, axes: Axes, value: float) -> None:
+        """A dashed line across, such as 1/K."""
+        axes.axhline(value, color=GREY, linewidth=0.9, dashes=(4, 3))
+
+    def mark(self, axes: Axes, step: float, label: str) -> None:
+        """A named upright line; the name stands above the axes, where no data is."""
+        axes.axvline(step, color=GREY, linewidth=1.1, dashes=(1, 2), zorder=2)
+        share = step / axes.get_xlim()[1]
+        side = "left" if share < 0.2 else "right" if share > 0.8 else "center"
+        place = {"xycoords": ("data", "axes fraction"), "xytext": (0, 3), "textcoords": "offset points"}
+        axes.annotate(label, (step, 1.0), ha=side, color="#444444", fontsize=8.5, **place)
+
+    def title(self, axes: Axes, name: str, columns: int) -> None:
+        axes.set_title(shortened(name, (44 if self.narrow else 80) // columns), fontsize=self.points, loc="left")
+
+    def finish(self, extra: Iterable[Line2D] = (), legend: bool = True) -> Figure:
+        """Adds the legend below the axes, where it covers nothing, in as many columns as fit; the figure grows with its rows."""
+        self.figure.align_ylabels()
+        handles = [
+            Line2D([], [], color=colour, linewidth=1.9, dashes=dashes or (None, None), label=shortened(name, 26 if self.narrow else 40))
+            for name, (colour, dashes) in (self.styles.items() if legend else ())
+        ] + list(extra)
+        if handles:
+            inches_of_entry = 0.55 + max(len(str(handle.get_label())) for handle in handles) * self.points * 0.62 / 72
+            columns = min(max(int(self.figure.get_figwidth() / inches_of_entry), 1), len(handles))
+            rows = -(-len(handles) // columns)
+            columns = -(-len(handles) // rows)  # as few as these rows need: even columns
+            self.figure.set_figheight(self.figure.get_figheight() + rows * self.points * 1.6 / 72)
+            self.figure.legend(handles=handles, loc="outside lower center", ncol=columns, frameon=False, fontsize=self.points, handlelength=2.4)
+        return self.figure
 
 
-def weights(run: Run, narrow: bool = False) -> Figure | None:
-    """Weights as used in each step."""
-    train = run.metrics.train
-    if not _any(run, train, "weight"):
-        return None
-    figure, (axes,) = _canvas(run, narrow)
-    for task in run.tasks:
-        _line(axes, run, task, train.steps, train.of_task(task, "weight"))
-    axes.axhline(1 / len(run.tasks), color=GREY, linewidth=0.9, dashes=(4, 3))
-    highest = np.nanmax(np.concatenate([train.of_task(task, "weight") for task in run.tasks] + [[1 / len(run.tasks)]]))
-    axes.set_ylim(0, 1.15 * highest)
-    _mark_warmup(axes, run)
-    axes.set_ylabel("weight in the loss")
-    extra = [Line2D([], [], color=GREY, linewidth=0.9, dashes=(4, 3), label=f"1/K = {1 / len(run.tasks):.3g}")]
-    return _finish(figure, run, narrow, extra)
-
-
-def coba_scores(run: Run, narrow: bool = False) -> Figure | None:
-    """RCS and ACS per task, and DF, over one another."""
-    balancer = run.metrics.balancer
-    if not _any(run, balancer, "rcs"):
-        return None
-    figure, (relative, absolute, divergence) = _canvas(run, narrow, panels=3)
-    for axes, name in ((relative, "rcs"), (absolute, "acs")):
-        for task in run.tasks:
-            _line(axes, run, task, balancer.steps, balancer.of_task(task, name))
-        axes.axhline(1 / len(run.tasks), color=GREY, linewidth=0.8, dashes=(4, 3))
-        axes.set_ylabel(name.upper())
-        axes.set_ylim(bottom=0)
-    df = balancer.value("df")
-    seen = np.isfinite(df)
-    divergence.plot(balancer.steps[seen], df[seen], color="black", linewidth=1.4, marker="o" if seen.sum() == 1 else "")
-    divergence.set_ylim(-0.04, 1.08)
-    divergence.set_ylabel("DF")
-    for axes in (relative, absolute, divergence):
-        _mark_warmup(axes, run, named=axes is relative)
-    return _finish(figure, run, narrow)
-
-
-def train_loss(run: Run, narrow: bool = False) -> Figure | None:
-    """Running means over the faint losses of single steps; a task's own steps only."""
-    train = run.metrics.train
-    if not _any(run, train, "loss"):
-        return None
-    figure, (axes,) = _canvas(run, narrow)
-    shown = []
-    for task in run.tasks:
-        loss = train.of_task(task, "loss")
-        seen = np.isfinite(loss)
-        steps, loss = train.steps[seen], loss[seen]
-        _line(axes, run, task, steps, loss, faint=True)
-        _line(axes, run, task, steps, running_mean(loss))
-        shown.append(loss)
-    values = np.concatenate(shown)
-    _limit(axes, np.percentile(values, 0.5), np.percentile(values, 99.5))
-    axes.set_ylabel("training loss, nats per token")
-    return _finish(figure, run, narrow)
-
-
-def optimizer(run: Run, narrow: bool = False) -> Figure | None:
-    """Learning rate and gradient norm."""
-    train = run.metrics.train
-    labels = {"learning_rate": "learning rate", "grad_norm": "gradient norm"}
-    panels = [(name, label) for name, label in labels.items() if np.isfinite(train.value(name)).any()]
-    if not panels:
-        return None
-    figure, all_axes = _canvas(run, narrow, panels=len(panels), height=1.5)
-    for axes, (name, label) in zip(all_axes, panels, strict=True):
-        seen = np.isfinite(train.value(name))
-        axes.plot(train.steps[seen], train.value(name)[seen], color=COLOURS[0], linewidth=1.1, marker="o" if seen.sum() == 1 else "")
-        axes.set_ylabel(label)
-        axes.set_ylim(0, 1.15 * np.nanmax(train.value(name)) or 1.0)
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
-    return _finish(figure, run, narrow, tasks=False)
-
-
-CHARTS = (
-    Chart(
-        "validation_ratio",
-        "Validation loss ratio per task",
-        "Each task's validation loss over its loss before training: lower is better, and a line that turns up shows a task past its minimum. "
-        "Markers are full validations; faint lines, where there are any, are the balancer's mini-batches.",
-        validation_ratio,
-    ),
-    Chart(
-        "weights",
-        "Task weights",
-        "The factor of each task in the loss, step by step: above the dashed line 1/K a task is pushed, below it is held back.",
-        weights,
-    ),
-    Chart(
-        "coba_scores",
-        "CoBa scores",
-        "The weights are DF x RCS + (1 - DF) x ACS: RCS favours the task that converges slowest among all, ACS the task that still improves "
-        "compared with its own past, and DF falls from 1 when some task begins to diverge.",
-        coba_scores,
-    ),
-    Chart(
-        "train_loss",
-        "Training loss per task",
-        "The strong lines are running means, the faint ones single steps; a step without the task has no point.",
-        train_loss,
-    ),
-    Chart(
-        "optimizer",
-        "Learning rate and gradient norm",
-        "The gradient norm is taken before clipping: a lasting rise points to an unstable run.",
-        optimizer,
-    ),
-)
+def dashed_entry(label: str) -> Line2D:
+    """The legend's entry of `Sheet.level`."""
+    return Line2D([], [], color=GREY, linewidth=0.9, dashes=(4, 3), label=label)
 
 
 def running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -188,92 +166,38 @@ def running_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def _any(run: Run, series: Series, name: str) -> bool:
-    return any(np.isfinite(series.of_task(task, name)).any() for task in run.tasks)
+def is_noisy(values: NDArray[np.float64]) -> bool:
+    """Whether the values jump so much that only their running mean can be read."""
+    finite = values[np.isfinite(values)]
+    return len(finite) >= MANY_POINTS and bool(np.abs(np.diff(finite)).sum() > NOISY * np.ptp(finite))
 
 
-def _canvas(run: Run, narrow: bool, panels: int = 1, height: float | None = None) -> tuple[Figure, list[Axes]]:
-    """Empty axes over one another with a common step axis. `height`: inches of one panel."""
-    width = 4.0 if narrow else 7.6
-    height = height or (3.0 if narrow else 3.7) * (1.0 if panels == 1 else 0.55)
-    figure = Figure(figsize=(width, height * panels + 0.5), layout="constrained", facecolor="white")
-    grid = figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
-    last = run.metrics.last_step
-    for axes in grid:
-        axes.grid(color="#e4e4e4", linewidth=0.7)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color("#999999")
-        axes.tick_params(labelsize=_points(narrow), color="#999999")
-        axes.yaxis.get_offset_text().set_size(_points(narrow))
-        axes.yaxis.label.set_size(_points(narrow))
-        axes.xaxis.label.set_size(_points(narrow))
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5 if narrow else 8, steps=[1, 2, 2.5, 5, 10], integer=True))
-        axes.set_xlim(0, max(last, 1) * 1.02)
-    grid[-1].set_xlabel("optimizer step")
-    return figure, list(grid)
+def extent(columns: Iterable[NDArray[np.float64]], wild: float = 1.0) -> tuple[float, float]:
+    """From where to where the finite values reach, without the `wild` percent at either end of a long column. Some value must
+    be finite."""
+    lows, highs = [], []
+    for values in columns:
+        finite = values[np.isfinite(values)]
+        if len(finite):
+            cut = wild if len(finite) >= MANY_POINTS else 0.0
+            lows.append(np.percentile(finite, cut))
+            highs.append(np.percentile(finite, 100 - cut))
+    return float(min(lows)), float(max(highs))
 
 
-def _points(narrow: bool) -> float:
-    return 8.5 if narrow else 10.0
-
-
-def _line(axes: Axes, run: Run, task: str, steps: NDArray, values: NDArray, faint: bool = False, marker: str = "") -> None:
-    seen = np.isfinite(values)
-    if not seen.any():
-        return
-    colour, dashes = style_of(run.tasks, task)
-    if faint:
-        axes.plot(steps[seen], values[seen], color=colour, linewidth=0.6, alpha=0.22 if len(run.tasks) <= 5 else 0.13, zorder=1.5)
-    else:
-        marker = marker or ("o" if seen.sum() == 1 else "")
-        axes.plot(steps[seen], values[seen], color=colour, linewidth=1.7, dashes=dashes or (None, None), marker=marker, markersize=3.5, zorder=2.5)
-
-
-def _mark(axes: Axes, step: float, label: str, dashes: tuple[float, float] = (1, 2)) -> None:
-    """A named upright line; the name stands above the axes, where no data is."""
-    axes.axvline(step, color=GREY, linewidth=1.1, dashes=dashes, zorder=2)
-    share = step / axes.get_xlim()[1]
-    side = "left" if share < 0.2 else "right" if share > 0.8 else "center"
-    axes.annotate(
-        label, (step, 1.0), xycoords=("data", "axes fraction"), xytext=(0, 3), textcoords="offset points", ha=side, color="#444444", fontsize=8.5
-    )
-
-
-def _mark_warmup(axes: Axes, run: Run, named: bool = True) -> None:
-    """Where CoBa's warm-up ends; W is in observations."""
-    observations = run.setting("balancer.warmup")
-    if run.setting("balancer.kind") != "coba" or not isinstance(observations, int):
-        return
-    step = observations * (run.setting("balancer.update_interval") or 1)
-    if step <= run.metrics.last_step:
-        _mark(axes, step, "warm-up ends" if named else "")
-
-
-def _limit(axes: Axes, low: float, high: float) -> None:
+def limit(axes: Axes, low: float, high: float) -> None:
+    """Value axis from `low` to `high`, with a margin."""
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 0.05
     axes.set_ylim(low - margin, high + margin)
 
 
-def _finish(figure: Figure, run: Run, narrow: bool, extra: list[Line2D] | None = None, tasks: bool = True) -> Figure:
-    """Adds the legend below the axes, where it covers nothing, in as many columns as fit; the figure grows with its rows."""
-    figure.align_ylabels()
-    handles = list(extra or [])
-    if tasks:
-        for task in reversed(run.tasks):
-            colour, dashes = style_of(run.tasks, task)
-            label = _shortened(task, 26 if narrow else 40)
-            handles.insert(0, Line2D([], [], color=colour, linewidth=1.9, dashes=dashes or (None, None), label=label))
-    if handles:
-        inches_of_entry = 0.55 + max(len(str(handle.get_label())) for handle in handles) * _points(narrow) * 0.62 / 72
-        columns = min(max(int(figure.get_figwidth() / inches_of_entry), 1), len(handles))
-        rows = -(-len(handles) // columns)
-        columns = -(-len(handles) // rows)  # as few as these rows need: even columns
-        figure.set_figheight(figure.get_figheight() + rows * _points(narrow) * 1.6 / 72)
-        figure.legend(handles=handles, loc="outside lower center", ncol=columns, frameon=False, fontsize=_points(narrow), handlelength=2.4)
-    return figure
-
-
-def _shortened(name: str, length: int) -> str:
+def shortened(name: str, length: int) -> str:
     """Names may be long; their ends are what tells them apart."""
     return name if len(name) <= length else f"{name[: length // 2 - 1]}…{name[-(length - length // 2) :]}"
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)  # draws once: `savefig` would draw twice for the layout, to the same pixels
+    return buffer.getvalue()

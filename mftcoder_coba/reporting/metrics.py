@@ -1,4 +1,19 @@
-"""One `write` for every record of a run; sinks carry it to `metrics.jsonl`, TensorBoard and Weights & Biases."""
+"""One `write` for every record of a run; sinks carry it to `metrics.jsonl`, TensorBoard and Weights & Biases.
+
+The charts of TensorBoard and Weights & Biases have the same names in every run, so that runs lie over one another:
+
+    train/NAME         of the whole step: loss, learning_rate, grad_norm, tokens, tokens_per_second, seconds, epoch
+    train_NAME/TASK    loss, tokens
+    weight/TASK        the task's weight, as used in the step
+    valid/NAME         of a full validation: loss, mean_ratio
+    valid_NAME/TASK    loss, ratio, perplexity
+    balancer/NAME      of an observation: seconds, and what the method shows of the run (CoBa: df, alpha_max)
+    balancer_NAME/TASK valid_loss, and what the method shows of a task under its own name (CoBa: ratio, slope, rcs, acs; FAMO: logit, loss; ...)
+    event/NAME         texts: why the event came
+
+A group holds one chart for each task, so all weights stand beside one another. The step axis is the optimizer step. What is
+null, NaN or infinite has no point.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +30,7 @@ from mftcoder_coba.reporting.records import METRICS_FILE, read_lines
 
 KINDS = ("train", "balancer", "validation", "event")
 
-# Where the value of a task stands among the scalars, for keys of (kind, name). The part before "/" groups the charts.
-TASK_SCALARS = {
-    ("train", "loss"): "train_loss",
-    ("train", "weight"): "weight",
-    ("train", "tokens"): "train_tokens",
-    ("balancer", "valid_loss"): "balancer_loss",
-    ("balancer", "ratio"): "balancer_ratio",
-    ("balancer", "slope"): "balancer_slope",
-    ("balancer", "rcs"): "coba_rcs",
-    ("balancer", "acs"): "coba_acs",
-    ("validation", "loss"): "valid_loss",
-    ("validation", "ratio"): "valid_ratio",
-    ("validation", "perplexity"): "valid_perplexity",
-}
-RUN_SCALARS = {("balancer", "df"): "coba/df", ("balancer", "alpha_max"): "coba/alpha_max"}
+# Before "/" stands the group in which TensorBoard shows a chart.
 GROUPS = {"train": "train", "balancer": "balancer", "validation": "valid"}
 # The weight is charted once, as used in the step; a slot is a number without an order.
 NOT_CHARTED = {("balancer", "weight"), ("balancer", "slot"), ("validation", "tokens")}
@@ -149,16 +150,16 @@ class WandbSink:
 
 
 def scalars(record: dict[str, Any]) -> dict[str, float]:
-    """The finite numbers of a record under the names of its charts, such as `weight/TASK` and `train/learning_rate`."""
+    """The finite numbers of a record under the names of its charts, as above."""
     kind = record["kind"]
     if kind not in GROUPS:
         return {}
     group = GROUPS[kind]
-    found = {RUN_SCALARS.get((kind, key), f"{group}/{key}"): value for key, value in record.items() if key != "step"}
+    found = {f"{group}/{name}": value for name, value in record.items() if name != "step"}
     for task, values in record.get("tasks", {}).items():
-        for key, value in values.items():
-            if (kind, key) not in NOT_CHARTED:
-                found[f"{TASK_SCALARS.get((kind, key), f'{group}_{key}')}/{task}"] = value
+        for name, value in values.items():
+            if (kind, name) not in NOT_CHARTED:
+                found[f"weight/{task}" if name == "weight" else f"{group}_{name}/{task}"] = value
     return {name: float(value) for name, value in found.items() if _is_number(value) and math.isfinite(value)}
 
 

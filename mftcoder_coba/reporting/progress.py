@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -20,10 +21,16 @@ from mftcoder_coba.reporting.records import read_run
 from mftcoder_coba.reporting.summary import best_step, task_summaries
 
 PLAIN_WIDTH = 100  # columns of a table that goes to a file, at least
+LINE_TASKS = 8  # a line of a log names no more; metrics.jsonl has all
+NAME_LENGTH = 40  # a longer name loses its middle
+HEAD_ROWS = 6  # of the live display, beside its rows of tasks
 
 
 class Progress:
     """A sink of records that shows them; to be used on rank 0 only.
+
+    Of more than 8 tasks, or of more than the terminal has rows for, those with the largest and the smallest weights are shown; a
+    validation's line shows those with the highest and the lowest ratios. What is not known yet, or not defined, is "-".
 
     Args:
         total_steps: optimizer steps of the whole run.
@@ -52,9 +59,10 @@ class Progress:
         self._losses = {task: deque[float](maxlen=max(1, log_every_steps)) for task in tasks}
         self._event_steps: dict[str, int] = {}  # name -> step of the newest event shown
         self._seen: deque[tuple[int, float]] = deque(maxlen=50)  # (step, time) of the newest steps: they tell the pace
-        console = Console(file=self._file, force_terminal=terminal)
+        terminal = _is_terminal(self._file) if terminal is None else terminal
+        self._console = Console(file=self._file, force_terminal=terminal)
         # The display is redrawn by its own clock, whole and in place: a step that takes 1 ms does not make it flicker.
-        self._live = Live(get_renderable=self._display, console=console, refresh_per_second=4) if console.is_terminal else None
+        self._live = Live(get_renderable=self._display, console=self._console, refresh_per_second=4) if terminal else None
         if self._live:
             self._live.start()
 
@@ -64,13 +72,13 @@ class Progress:
             self._train = record
             for task, losses in self._losses.items():
                 loss = record["tasks"].get(task, {}).get("loss")
-                if loss is not None and math.isfinite(loss):
+                if _known(loss):
                     losses.append(loss)
             self._seen.append((record["step"], self._clock()))
             if not self._live and (record["step"] % self.log_every_steps == 0 or record["step"] in (1, self.total_steps)):
                 self._print(self._line())
         elif kind == "validation":
-            self._ratios = {task: values["ratio"] for task, values in record["tasks"].items() if values.get("ratio") is not None}
+            self._ratios = {task: values["ratio"] for task, values in record["tasks"].items() if _known(values.get("ratio"))}
             self._print(self._validation_line(record))
         elif kind == "event" and self._is_news(record):
             self._print(f"step {record['step']}/{self.total_steps} | {record['name']}" + (f": {record['why']}" if record.get("why") else ""))
@@ -96,19 +104,34 @@ class Progress:
     def _print(self, line: str) -> None:
         """A line that stays: above the live display, or in the log. Never wrapped in a log."""
         if self._live:
-            self._live.console.print(line, markup=False, highlight=False)
+            self._console.print(line, markup=False, highlight=False)
         else:
             print(line, file=self._file, flush=True)
 
     def _line(self) -> str:
-        tasks = []
-        for task in self.tasks:
-            values = self._train["tasks"].get(task, {})
+        tasks, weights = [], self._weights()
+        for task in self._extremes(weights, LINE_TASKS):
             ratio = f" ratio {self._ratios[task]:.2f}" if task in self._ratios else ""
-            tasks.append(f"{task} {_number(self._loss(task), '.2f')} x{_number(values.get('weight'), '.2f')}{ratio}")
+            tasks.append(f"{_name(task)} {_number(self._loss(task), '.2f')} x{_number(weights[task], '.2f')}{ratio}")
         left = self._seconds_left()
         time_left = [f"{_clock_time(left)} left"] if left else []
-        return " | ".join([f"step {self._train['step']}/{self.total_steps}", *self._speed(), *time_left, *tasks])
+        return " | ".join([f"step {self._train['step']}/{self.total_steps}", *self._speed(), *time_left, *tasks, *self._hidden(LINE_TASKS)])
+
+    def _weights(self) -> dict[str, float | None]:
+        return {task: self._train["tasks"].get(task, {}).get("weight") for task in self.tasks}
+
+    def _extremes(self, values: Mapping[str, float | None], count: int) -> list[str]:
+        """The tasks to show where there is room for `count`: those with the largest and the smallest values, in their order."""
+        if len(self.tasks) <= count:
+            return self.tasks
+        known = sorted((task for task in self.tasks if _known(values.get(task))), key=lambda task: -values[task])
+        others = [task for task in self.tasks if task not in known]
+        ranked = known[: (count + 1) // 2] + others + known[(count + 1) // 2 :]
+        chosen = set(ranked[: (count + 1) // 2] + ranked[len(ranked) - count // 2 :])
+        return [task for task in self.tasks if task in chosen]
+
+    def _hidden(self, count: int) -> list[str]:
+        return [f"{len(self.tasks) - count} more in between"] if len(self.tasks) > count else []
 
     def _loss(self, task: str) -> float | None:
         losses = self._losses[task]
@@ -116,10 +139,14 @@ class Progress:
 
     def _validation_line(self, record: dict[str, Any]) -> str:
         head = f"step {record['step']}/{self.total_steps} | validation: mean ratio {_number(record.get('mean_ratio'), '.3f')}"
+        found = record["tasks"]
+        shown = self._extremes({task: values.get("ratio") for task, values in found.items()}, LINE_TASKS)
         tasks = [
-            f"{task} {_number(values.get('loss'), '.3f')} ratio {_number(values.get('ratio'), '.3f')}" for task, values in record["tasks"].items()
+            f"{_name(task)} {_number(found[task].get('loss'), '.3f')} ratio {_number(found[task].get('ratio'), '.3f')}"
+            for task in shown
+            if task in found
         ]
-        return " | ".join([head, *tasks])
+        return " | ".join([head, *tasks, *self._hidden(LINE_TASKS)])
 
     def _speed(self) -> list[str]:
         train = self._train
@@ -142,9 +169,12 @@ class Progress:
             head.add_column(ratio=ratio, no_wrap=True)
         head.add_row(f"step {step}/{self.total_steps}", ProgressBar(self.total_steps, step), f"{_clock_time(left)} left" if left is not None else "")
         table = _table("task", "loss", "weight", "ratio")
-        for task in self.tasks:
-            values = self._train["tasks"].get(task, {})
-            table.add_row(task, _number(self._loss(task), ".3f"), _number(values.get("weight"), ".3f"), _number(self._ratios.get(task), ".3f"))
+        weights = self._weights()
+        room = max(self._console.height - HEAD_ROWS, 2)
+        for task in self._extremes(weights, room):
+            table.add_row(_name(task), _number(self._loss(task), ".3f"), _number(weights[task], ".3f"), _number(self._ratios.get(task), ".3f"))
+        for text in self._hidden(room):
+            table.add_row(Text(text, style="dim"))
         return Group(head, Text(" | ".join(self._speed()), overflow="ellipsis", no_wrap=True), table)
 
 
@@ -163,9 +193,10 @@ def print_final_table(run_dir: Path, outputs: Mapping[str, Path], file: TextIO |
         numbers = (task.loss_before, task.loss_best, task.ratio, task.final_weight)
         table.add_row(task.name, *(_number(number, ".3f") for number in numbers))
     title = f"{run.name}: validation loss per task" + (f"; best step {best.step} by {best.rule}" if best else "")
-    console = Console(file=file)
-    if not console.is_terminal:  # a file has no width: a line is as long as it needs to be
-        console = Console(file=file, width=max(PLAIN_WIDTH, Console(width=10_000).measure(table).maximum))
+    terminal = _is_terminal(file or sys.stdout)
+    console = Console(file=file, force_terminal=terminal)
+    if not terminal:  # a file has no width: a line is as long as it needs to be
+        console = Console(file=file, force_terminal=False, width=max(PLAIN_WIDTH, Console(width=10_000).measure(table).maximum))
     console.print(f"\n{title}", markup=False, highlight=False, soft_wrap=True)
     console.print(table)
     longest = max((len(name) for name in outputs), default=0)
@@ -181,8 +212,21 @@ def _table(first: str, *numbers: str) -> Table:
     return table
 
 
+def _is_terminal(file: TextIO) -> bool:
+    """Whether somebody watches. FORCE_COLOR and its like, which rich follows, would draw the display into a log file."""
+    return file.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _known(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
 def _number(value: float | None, form: str) -> str:
-    return "-" if value is None or not math.isfinite(value) else format(value, form)
+    return format(value, form) if _known(value) else "-"
+
+
+def _name(task: str) -> str:
+    return task if len(task) <= NAME_LENGTH else f"{task[: NAME_LENGTH // 2 - 2]}..{task[-NAME_LENGTH // 2 :]}"
 
 
 def _clock_time(seconds: float) -> str:

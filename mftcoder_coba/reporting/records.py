@@ -13,6 +13,26 @@ from numpy.typing import NDArray
 from mftcoder_coba.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
+LARGEST_STEP = 2**53
+RESTORE = "restore the file, or remove it to do without"
+# What readers of a run rely on, where the files hold it.
+SHAPES: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "config": {
+        "run": dict,
+        "run.name": str,
+        "model": dict,
+        "model.path": str,
+        "adapter": dict,
+        "adapter.kind": str,
+        "data": dict,
+        "data.tasks": list,
+        "balancer": dict,
+        "balancer.kind": str,
+    },
+    "environment": {"plan": dict},
+    "accounting": {"tasks": dict},
+    "best": {"step": int, "criterion": str, "value": (int, float)},
+}
 
 
 @dataclass(frozen=True)
@@ -76,10 +96,7 @@ class Run:
 
     def setting(self, path: str) -> Any:
         """The config's value at `a.b`, or None."""
-        node: Any = self.config
-        for key in path.split("."):
-            node = node.get(key) if isinstance(node, dict) else None
-        return node
+        return _at(self.config, path)
 
 
 def read_run(folder: Path) -> Run:
@@ -89,7 +106,12 @@ def read_run(folder: Path) -> Run:
         UserError: `folder` is no run folder, or one of its files is broken.
     """
     metrics = read_metrics(folder)
-    return Run(folder, metrics, *(_read_object(folder / f"{name}.json") for name in ("config", "environment", "accounting", "best")))
+    run = Run(folder, metrics, *(_read_object(folder / f"{name}.json", shape) for name, shape in SHAPES.items()))
+    if not all(isinstance(task, dict) and isinstance(task.get("name"), str) for task in run.setting("data.tasks") or []):
+        raise UserError("data.tasks is not what a run writes: objects with a name", str(folder / "config.json"), RESTORE)
+    if run.best and any(run.best.get(name) is None for name in SHAPES["best"]):
+        raise UserError("is not what a run writes: step, criterion and value", str(folder / "best.json"), RESTORE)
+    return run
 
 
 def read_metrics(folder: Path) -> Metrics:
@@ -117,7 +139,10 @@ def read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     Raises:
         UserError: a line other than the last is not a record.
     """
-    lines = path.read_bytes().split(b"\n")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", str(path)) from None
     while lines and not lines[-1].strip():
         lines.pop()
     records = []
@@ -135,7 +160,10 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:  # also: not UTF-8
         return None
-    whole = isinstance(record, dict) and isinstance(record.get("kind"), str) and isinstance(record.get("step"), int)
+    if not (isinstance(record, dict) and isinstance(record.get("kind"), str) and type(record.get("step")) is int):
+        return None
+    tasks = record.get("tasks", {})
+    whole = 0 <= record["step"] < LARGEST_STEP and isinstance(tasks, dict) and all(isinstance(values, dict) for values in tasks.values())
     return record if whole else None
 
 
@@ -159,13 +187,28 @@ def _columns(records: list[dict[str, Any]]) -> Series:
     return Series(steps, values, tasks)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path, shape: dict[str, type | tuple[type, ...]]) -> dict[str, Any]:
+    """The object of a JSON file; empty where there is no file. What `shape` names has its type, is null, or is not there."""
     if not path.is_file():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", str(path)) from None
     except ValueError as error:
-        raise UserError(f"is not JSON: {error}", str(path)) from None
+        raise UserError(f"is not JSON: {error}", str(path), RESTORE) from None
     if not isinstance(content, dict):
-        raise UserError("must be a JSON object { ... }", str(path))
+        raise UserError("must be a JSON object { ... }", str(path), RESTORE)
+    for name, kind in shape.items():
+        value = _at(content, name)
+        if value is not None and not isinstance(value, kind):
+            raise UserError(f"{name} is {json.dumps(value)[:60]}, which is not what a run writes", str(path), RESTORE)
     return content
+
+
+def _at(tree: dict[str, Any], path: str) -> Any:
+    """The value at `a.b`, or None."""
+    node: Any = tree
+    for key in path.split("."):
+        node = node.get(key) if isinstance(node, dict) else None
+    return node

@@ -1,55 +1,56 @@
-"""`report/report.html`: one self-contained page about a run, and its figures as PNG files beside it."""
+"""`report.html`: one self-contained page about a run, or about several side by side, and its figures as PNG files beside it."""
 
 from __future__ import annotations
 
 import base64
-import io
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from matplotlib.figure import Figure
 
-from mftcoder_coba.reporting.data_tables import data_tables
-from mftcoder_coba.reporting.figures import CHARTS, DPI, style_of
-from mftcoder_coba.reporting.records import Run, read_run
+from mftcoder_coba.errors import UserError
+from mftcoder_coba.reporting import comparison_figures, run_figures
+from mftcoder_coba.reporting.comparison import ABSENT, Comparison, compare, flat
+from mftcoder_coba.reporting.comparison import sentences as comparison_sentences
+from mftcoder_coba.reporting.data_tables import DataTable, data_tables
+from mftcoder_coba.reporting.figures import Chart, png, style_of
+from mftcoder_coba.reporting.records import RESTORE, Run, read_run
 from mftcoder_coba.reporting.summary import best_step, sentences, task_summaries
 
-# The page lists so many single events; all of them are in metrics.jsonl.
+# The page lists so many single events of a run; all of them are in its metrics.jsonl.
 EVENTS_SHOWN = 300
 
 
-def build_report(run_dir: Path) -> Path:
-    """Writes `report/report.html` and one PNG per figure into a run folder; what the run has not recorded is left out.
+def build_report(*run_dirs: Path, out: Path | None = None) -> Path:
+    """Writes `report.html` and one PNG per figure; what a run has not recorded is left out. Files of an earlier report go.
+
+    Args:
+        run_dirs: one run folder or more. Several are compared at the top of the page, and each has a section of its own.
+        out: the folder to write to; None: `report/` in the run folder, if it is only one.
 
     Returns:
         the path of the page. It needs no network, no script and no other file.
 
     Raises:
-        UserError: `run_dir` is no run folder, or one of its files is broken.
+        UserError: a folder is no run folder or is given twice, a file of it is broken, or there is nowhere to write to.
     """
-    run = read_run(run_dir)
-    folder = run_dir / "report"
-    folder.mkdir(exist_ok=True)
-    html = (
-        _environment()
-        .get_template("page.html")
-        .render(
-            run=run,
-            sentences=sentences(run),
-            best=best_step(run),
-            rows=task_summaries(run),
-            style=lambda task: style_of(run.tasks, task),
-            charts=_draw(run, folder),
-            events=_events(run),
-            data_tables=data_tables(run.accounting),
-            config=json.dumps(run.config, indent=2, ensure_ascii=False) if run.config else "",
-            settings=_flat(run.environment),
-        )
-    )
+    if out is None and len(run_dirs) != 1:
+        raise UserError("a report of several runs needs a folder of its own", "--out", "name one, such as --out runs/comparison")
+    runs = [read_run(folder) for folder in run_dirs]
+    folder = out if out is not None else run_dirs[0] / "report"
+    comparison = compare(runs)
+    sections = [_section(run, label, comparison.tasks) for run, label in zip(runs, comparison.labels, strict=True)]
+    _make_folder(folder)
+    for number, section in enumerate(sections, start=1):
+        suffix = f"-{number:02}-{section['run'].folder.resolve().name}" if len(runs) > 1 else ""
+        section["charts"] = _draw(run_figures.CHARTS, section["run"], folder, suffix, order=comparison.tasks)
+    compared = _compared(comparison, folder) if len(runs) > 1 else None
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    html = _environment().get_template("page.html").render(title=title, compared=compared, sections=sections)
     page = folder / "report.html"
     draft = page.with_name(page.name + ".tmp")
     draft.write_text(html, encoding="utf-8")
@@ -57,29 +58,79 @@ def build_report(run_dir: Path) -> Path:
     return page
 
 
-def _draw(run: Run, folder: Path) -> list[dict[str, str]]:
+def _make_folder(folder: Path) -> None:
+    """Makes the folder, and removes the figures of an earlier report from it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder of the report cannot be made: {error.strerror}", str(folder), "choose another with --out") from None
+    if not (folder / "report.html").exists():
+        return  # what lies here is not ours
+    for chart in (*comparison_figures.CHARTS, *run_figures.CHARTS):
+        for file in (folder / f"{chart.name}.png", *folder.glob(f"{chart.name}-[0-9][0-9]-*.png")):
+            file.unlink(missing_ok=True)
+
+
+def _section(run: Run, label: str, order: Sequence[str]) -> dict[str, Any]:
+    """What the page shows of one run, but for its figures."""
+    return {
+        "run": run,
+        "label": label,
+        "sentences": sentences(run),
+        "best": best_step(run),
+        "rows": task_summaries(run),
+        "styles": {task: style_of(order, task) for task in run.tasks},
+        "events": _events(run),
+        "data_tables": _data_tables(run),
+        "config": json.dumps(run.config, indent=2, ensure_ascii=False) if run.config else "",
+        "settings": [(name.replace(".", " "), value) for name, value in flat(run.environment).items()],
+    }
+
+
+def _compared(comparison: Comparison, folder: Path) -> dict[str, Any]:
+    """What the page shows of all runs together."""
+    rows = comparison.rows()
+    measures = {"loss": "loss_best", "ratio": "ratio", "perplexity": "perplexity"}
+    return {
+        "sentences": comparison_sentences(comparison),
+        "rows": rows,
+        "styles": {label: style_of(comparison.labels, label) for label in comparison.labels},
+        "tasks": comparison.tasks,
+        "common": comparison.common_tasks,
+        # measure -> task -> a value for each run, NaN where a run does not have the task
+        "values": {
+            name: {task: [getattr(row.tasks[task], field) if task in row.tasks else math.nan for row in rows] for task in comparison.tasks}
+            for name, field in measures.items()
+        },
+        "differences": comparison.differences(),
+        "charts": _draw(comparison_figures.CHARTS, comparison, folder),
+    }
+
+
+def _draw(charts: Sequence[Chart], subject: Run | Comparison, folder: Path, suffix: str = "", **options: Any) -> list[dict[str, str]]:
     """Draws what there is to show. Each figure comes in two widths; the wide one is also the file."""
     drawn = []
-    for chart in CHARTS:
-        figure, file = chart.draw(run), folder / f"{chart.name}.png"
+    for chart in charts:
+        figure = chart.draw(subject, **options)
         if figure is None:
-            file.unlink(missing_ok=True)  # of an earlier run in this folder
             continue
-        wide = _png(figure)
-        file.write_bytes(wide)
-        narrow = _png(chart.draw(run, narrow=True))
+        wide = png(figure)
+        (folder / f"{chart.name}{suffix}.png").write_bytes(wide)
+        narrow = png(chart.draw(subject, narrow=True, **options))
         drawn.append({"name": chart.name, "title": chart.title, "caption": chart.caption, "wide": _data_uri(wide), "narrow": _data_uri(narrow)})
     return drawn
 
 
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
-    return buffer.getvalue()
+def _data_uri(content: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
 
 
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+def _data_tables(run: Run) -> list[DataTable]:
+    try:
+        return data_tables(run.accounting)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        what = f"is not the accounting that a run writes ({type(error).__name__}: {error})"
+        raise UserError(what, str(run.folder / "accounting.json"), RESTORE) from error
 
 
 def _events(run: Run) -> dict[str, Any]:
@@ -96,15 +147,6 @@ def _events(run: Run) -> dict[str, Any]:
     return {"names": list(names.values()), "singles": singles[:EVENTS_SHOWN], "hidden": max(len(singles) - EVENTS_SHOWN, 0)}
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """The leaves of nested objects under their joined names."""
-    leaves: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        name = f"{prefix} {key}".strip()
-        leaves.extend(_flat(value, name) if isinstance(value, dict) else [(name, value)])
-    return leaves
-
-
 def _plain(value: Any) -> str:
     """A value of a JSON file as people write it."""
     if isinstance(value, bool) or value is None:
@@ -118,13 +160,26 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
+def _setting(value: Any) -> str:
+    """A value of a config as it stands there, for it is to be compared, or typed again."""
+    if value is ABSENT:
+        return "–"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
 def _fixed(value: float, form: str) -> str:
     return format(value, form) if math.isfinite(value) else "–"
+
+
+def _lowest(values: Sequence[float]) -> float | None:
+    """The lowest of several; None where there are not two to compare."""
+    finite = [value for value in values if math.isfinite(value)]
+    return min(finite) if len(finite) > 1 else None
 
 
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(plain=_plain, fixed=_fixed)
+    environment.filters.update(plain=_plain, fixed=_fixed, setting=_setting, lowest=_lowest)
     return environment

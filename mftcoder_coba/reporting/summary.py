@@ -14,7 +14,17 @@ PAST_MINIMUM = 0.01
 # A task counts as converged once it made this part of its fall.
 CONVERGED = 0.9
 # Names of methods as people write them; the others are words already.
-WRITTEN = {"coba": "CoBa", "lora": "LoRA", "qlora": "QLoRA", "cgc_lora": "CGC-LoRA"}
+WRITTEN = {
+    "coba": "CoBa",
+    "lbtw": "LBTW",
+    "dwa": "DWA",
+    "gradnorm": "GradNorm",
+    "famo": "FAMO",
+    "metaweighting": "MetaWeighting",
+    "lora": "LoRA",
+    "qlora": "QLoRA",
+    "cgc_lora": "CGC-LoRA",
+}
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,24 @@ def task_summaries(run: Run) -> list[TaskSummary]:
     return rows
 
 
+def balancer_name(run: Run) -> str:
+    """The method; with a star, as in the CoBa paper, where it looks at validation losses instead of training losses. Empty where
+    no config tells."""
+    kind = run.setting("balancer.kind") or ""
+    return WRITTEN.get(kind, kind) + ("*" if run.setting("balancer.signal") == "validation" else "")
+
+
+def seconds_per_step(run: Run) -> float:
+    """Of a step in the middle of all, with what its balancer looked at; validations and checkpoints are not in it. NaN where the
+    records do not tell."""
+    train, balancer = (series.value("seconds") for series in (run.metrics.train, run.metrics.balancer))
+    train, balancer = train[np.isfinite(train)], balancer[np.isfinite(balancer)]
+    if not len(train):
+        return float("nan")
+    observing = float(np.median(balancer)) * len(balancer) / len(train) if len(balancer) else 0.0
+    return float(np.median(train)) + observing
+
+
 def sentences(run: Run) -> list[str]:
     """The run in plain sentences; what its files do not say is left out."""
     return [text for text in (_what_was_trained(run), _best(run), _spread(run), _balance(run), _past_minimum(run), _early_stop(run)) if text]
@@ -94,12 +122,12 @@ def _what_was_trained(run: Run) -> str:
     how = f"by {_adapter(adapter)}" if adapter else "in all its parameters"
     subject = f"The model {_short_path(model)} was fine-tuned {how}" if model else "The model was fine-tuned"
     names = ", ".join(run.tasks)  # a long list is left to the table
-    tasks = f"{len(run.tasks)} {_plural('task', len(run.tasks))}" + (f" ({names})" if len(names) <= 120 else "")
-    balancer = run.setting("balancer.kind")
-    by = f" with the balancer {WRITTEN.get(balancer, balancer)}" if balancer else ""
+    tasks = f"{len(run.tasks)} {plural('task', len(run.tasks))}" + (f" ({names})" if len(names) <= 120 else "")
+    balancer = balancer_name(run)
+    by = f" with the balancer {balancer}" if balancer else ""
     epoch = _last(run.metrics.train.value("epoch"))
     epochs = f" ({epoch:.2f} epochs)" if np.isfinite(epoch) else ""
-    return f"{subject} on {tasks}{by} for {steps} {_plural('step', steps)}{epochs}."
+    return f"{subject} on {tasks}{by} for {steps} {plural('step', steps)}{epochs}."
 
 
 def _best(run: Run) -> str:
@@ -177,5 +205,5 @@ def _listed(tasks: list[str]) -> str:
     return " and ".join(tasks) if len(tasks) <= 2 else f"{len(tasks)} tasks"
 
 
-def _plural(noun: str, count: int) -> str:
+def plural(noun: str, count: int) -> str:
     return noun if count == 1 else noun + "s"

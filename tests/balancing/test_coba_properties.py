@@ -63,7 +63,7 @@ def runs(draw):
 
 @pytest.mark.filterwarnings("error")
 @given(runs())
-@settings(deadline=None, derandomize=True, max_examples=300)
+@settings(deadline=None, derandomize=True, max_examples=120)
 def test_weights_are_positive_and_sum_to_one_whatever_is_observed(run):
     initial, losses, slots, config = run
     weights = feed(coba(len(initial), initial, coverage=1, **config), losses, slots)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -10,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mftcoder_coba.reporting import MetricsWriter
+from mftcoder_coba.reporting import MetricsWriter, comparison_figures, run_figures
+from mftcoder_coba.reporting.report import build_report
 
 WARMUP, WINDOW, VALID_EVERY = 100, 200, 50
 
@@ -88,6 +90,7 @@ def records(tasks: list[str], steps: int, balancer: str) -> Iterator[dict]:
             "grad_norm": float(random.lognormal(0, 0.2)),
             "tokens": sum(tokens.values()),
             "tokens_per_second": float(random.normal(812, 20)),
+            "seconds": 0.5 if step > 1 else 60.0,
             "tasks": {
                 task: {"loss": losses[task] if tokens[task] else math.nan, "tokens": tokens[task], "weight": float(weight[number])}
                 for number, task in enumerate(tasks)
@@ -108,11 +111,14 @@ def records(tasks: list[str], steps: int, balancer: str) -> Iterator[dict]:
         yield {
             "kind": "balancer",
             "step": step,
+            "seconds": 0.25,
             "tasks": {
                 task: {"weight": float(weight[k])}
                 | (
                     {"valid_loss": starts[task] * ratio[k], "ratio": ratio[k], "slope": slope[k], "rcs": rcs[k], "acs": acs[k], "slot": step % 12}
                     if balancer == "coba"
+                    else {"logit": 0.01 * step * k, "a_new_value": losses[task]}
+                    if balancer == "famo"
                     else {}
                 )
                 for k, task in enumerate(tasks)
@@ -142,6 +148,36 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         return write_run(tmp_path / name, list(tasks), steps, balancer)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory) -> Path:
+    """A run of CoBa with its report, drawn once for all tests. Not to be changed."""
+    folder = write_run(tmp_path_factory.mktemp("report") / "demo", ["completion", "comment", "unit_test"], 120, "coba")
+    build_report(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def compared(tmp_path_factory) -> Path:
+    """The folder of a report of three runs, of which one has tasks of its own and one has only begun; drawn once for all tests.
+    Of a run's own figures it has two, the others are in `demo`."""
+    root = tmp_path_factory.mktemp("compared")
+    write_run(root / "alpha", ["completion", "comment"], 100, "coba")
+    write_run(root / "beta", ["comment", "translate"], 60, "famo")
+    (root / "gamma").mkdir()
+    (root / "gamma" / "metrics.jsonl").write_text("")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_figures, "CHARTS", tuple(chart for chart in run_figures.CHARTS if chart.name in ("coba_scores", "balancer_values")))
+        build_report(root / "alpha", root / "beta", root / "gamma", out=root / "out")
+    return root / "out"
+
+
+@pytest.fixture
+def no_figures(monkeypatch) -> None:
+    """Reports without their figures, for tests of the rest of the page: most of a report's time is drawing."""
+    for module in (run_figures, comparison_figures):
+        monkeypatch.setattr(module, "CHARTS", tuple(dataclasses.replace(chart, draw=lambda *_, **__: None) for chart in module.CHARTS))
 
 
 def write_run(folder: Path, tasks: list[str], steps: int, balancer: str, tensorboard: bool = False) -> Path:

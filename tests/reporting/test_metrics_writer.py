@@ -113,10 +113,10 @@ def test_scalars_are_grouped_by_what_they_are_and_then_by_task():
     }
     balancer = {"rcs": 0.5, "acs": 0.25, "valid_loss": 1.0, "ratio": 0.5, "slope": -0.125, "weight": 0.5, "slot": 3}
     assert scalars({"kind": "balancer", "step": 3, "df": 0.75, "alpha_max": None, "tasks": {"a": balancer}}) == {
-        "coba/df": 0.75,
-        "coba_rcs/a": 0.5,
-        "coba_acs/a": 0.25,
-        "balancer_loss/a": 1.0,
+        "balancer/df": 0.75,
+        "balancer_rcs/a": 0.5,
+        "balancer_acs/a": 0.25,
+        "balancer_valid_loss/a": 1.0,
         "balancer_ratio/a": 0.5,
         "balancer_slope/a": -0.125,
     }
@@ -136,3 +136,23 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("weight/a")] == list(range(1, 11))
+
+
+def test_the_charts_of_an_event_file_are_as_documented(tmp_path):
+    with MetricsWriter(tmp_path, tensorboard=True, wandb=None, resume_step=None) as writer:
+        writer.write(train(1, learning_rate=1e-5, grad_norm=math.nan))
+        famo = {"valid_loss": 1.0, "slot": 3, "weight": 0.5, "logit": 0.25, "loss": 4.0}
+        writer.write({"kind": "balancer", "step": 1, "seconds": 0.5, "df": 0.75, "tasks": {"a": famo}})
+        values = {"loss": 2.0, "ratio": 0.5, "perplexity": 2.5, "tokens": 9}
+        writer.write({"kind": "validation", "step": 1, "loss": 2.0, "mean_ratio": 0.5, "tasks": {"a": values, "b.c-d_e": values}})
+        writer.write({"kind": "event", "step": 1, "name": "best", "why": "lowest"})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    by_task = ["train_loss", "train_tokens", "weight", "balancer_valid_loss", "balancer_logit", "balancer_loss"]
+    of_validation = [f"valid_{name}/{task}" for name in ("loss", "ratio", "perplexity") for task in ("a", "b.c-d_e")]
+    of_run = ["train/loss", "train/learning_rate", "balancer/seconds", "balancer/df", "valid/loss", "valid/mean_ratio"]
+    assert sorted(tags["scalars"]) == sorted([*(f"{name}/a" for name in by_task), *of_validation, *of_run])
+    assert [event.value for event in events.Scalars("balancer_loss/a")] == [4.0]
+    assert [event.value for event in events.Scalars("balancer_valid_loss/a")] == [1.0]
+    assert tags["tensors"] == ["event/best/text_summary"]

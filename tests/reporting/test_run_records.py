@@ -5,7 +5,7 @@ import pytest
 
 from mftcoder_coba.errors import UserError
 from mftcoder_coba.reporting import read_metrics, read_run
-from mftcoder_coba.reporting.summary import best_step, sentences, task_summaries
+from mftcoder_coba.reporting.summary import balancer_name, best_step, seconds_per_step, sentences, task_summaries
 
 
 def put(folder, *records):
@@ -96,3 +96,64 @@ def test_the_summary_names_a_task_past_its_minimum_and_only_that(tmp_path):
 def test_the_summary_names_the_fastest_and_the_slowest_task(tmp_path):
     put(tmp_path, validation(0, a=1.0, b=1.0), validation(5, a=0.5, b=0.9), validation(10, a=0.49, b=0.5))
     assert "Fastest to converge: a, with 90% of the fall made by step 5; slowest: b, by step 10." in sentences(read_run(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"kind": "train", "step": -1},
+        {"kind": "train", "step": True},
+        {"kind": "train", "step": 2**70},
+        {"kind": "train", "step": 1, "tasks": [1]},
+        {"kind": "train", "step": 1, "tasks": {"a": 3}},
+        {"step": 1},
+        [1],
+    ],
+)
+def test_a_line_that_no_run_writes_is_named(tmp_path, record):
+    put(tmp_path, validation(0, a=1.0), record, validation(5, a=0.5))
+    with pytest.raises(UserError) as error:
+        read_run(tmp_path)
+    assert error.value.where == f"{tmp_path / 'metrics.jsonl'}:2"
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("config", {"data": {"tasks": ["a"]}}),
+        ("config", {"data": {"tasks": "a"}}),
+        ("config", {"run": {"name": 3}}),
+        ("config", {"balancer": "coba"}),
+        ("config", [1]),
+        ("best", {"step": 5}),
+        ("best", {"step": "5", "criterion": "mean_ratio", "value": 1.0}),
+        ("accounting", {"tasks": []}),
+    ],
+)
+def test_a_file_that_no_run_writes_is_named(tmp_path, name, content):
+    put(tmp_path, validation(0, a=1.0))
+    (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    with pytest.raises(UserError) as error:
+        read_run(tmp_path)
+    assert error.value.where == str(tmp_path / f"{name}.json") and error.value.fix
+
+
+def test_a_step_lasts_as_long_as_its_median_and_what_its_balancer_looked_at(make_run):
+    # 0.5 s but for the first step, and 0.25 s of the balancer after every step.
+    assert seconds_per_step(read_run(make_run(steps=20))) == 0.75
+
+
+def test_seconds_that_are_not_recorded_are_unknown(tmp_path):
+    put(tmp_path, {"kind": "train", "step": 1})
+    assert np.isnan(seconds_per_step(read_run(tmp_path)))
+
+
+def test_a_method_is_written_with_a_star_where_it_looks_at_validation_losses(tmp_path):
+    put(tmp_path)
+    for section, name in [
+        ({"kind": "famo", "signal": "validation"}, "FAMO*"),
+        ({"kind": "lbtw", "signal": "train"}, "LBTW"),
+        ({"kind": "coba"}, "CoBa"),
+    ]:
+        (tmp_path / "config.json").write_text(json.dumps({"balancer": section}))
+        assert balancer_name(read_run(tmp_path)) == name
