@@ -50,7 +50,6 @@ def collate(
     rows_per_batch: int | None = None,
     length_multiple: int = LENGTH_MULTIPLE,
     max_length: int | None = None,
-    fixed_length: int | None = None,
     isolate: bool = True,
 ) -> Batch:
     """Lays documents down in rows.
@@ -59,19 +58,18 @@ def collate(
         rows: may be empty; rows that are missing to `rows_per_batch` are padding.
         task_data: by task number.
         length_multiple: the length is that of the longest row, rounded up to this and at most `max_length`.
-        fixed_length: the length, instead.
         isolate: False numbers positions straight through the row, so that no block mask is needed: one document a row
             and padding behind it, which causal attention never sees.
 
     Raises:
-        ValueError: more rows than `rows_per_batch`, a row longer than the length, several documents in a row that is not isolated.
+        ValueError: more rows than `rows_per_batch`, a row longer than `max_length`, several documents in a row that is not isolated.
     """
     if rows_per_batch is not None and len(rows) > rows_per_batch:
         raise ValueError(f"{len(rows)} rows do not fit into a batch of {rows_per_batch}")
     if not isolate and any(len(row) > 1 for row in rows):
         raise ValueError("documents that share a row must be isolated")
     longest = max((sum(int(task_data[task].lengths[sample]) for task, sample in row) for row in rows), default=0)
-    length = fixed_length or padded_length(longest, max_length, length_multiple)
+    length = padded_length(longest, max_length, length_multiple)
     if longest > length:
         raise ValueError(f"a row of {longest} tokens does not fit into {length}")
 

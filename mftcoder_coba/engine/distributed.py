@@ -62,6 +62,12 @@ class Processes:
         torch.distributed.all_reduce(values)
         return values
 
+    def reduce_scatter_sum(self, values: torch.Tensor) -> torch.Tensor:
+        """[world size x n, ...] -> [n, ...]: this rank's part, in order of ranks, of the sum over ranks."""
+        part = torch.empty_like(values[: len(values) // self.world_size])
+        torch.distributed.reduce_scatter_single(part, values)
+        return part
+
     def barrier(self) -> None:
         torch.distributed.barrier()
 

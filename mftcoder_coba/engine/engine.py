@@ -76,6 +76,7 @@ class Engine:
         # gradients to allocate its states, which must not decay the weights nor count in Adam's bias correction.
         optimizer = torch.optim.AdamW(_parameter_groups(module, training.weight_decay), lr=0.0, betas=tuple(training.betas), fused=True)
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config, dist_init_required=False)
+        self._engine.train()  # transformers hands out models in evaluation mode, without dropout and gradient checkpointing
         if self.zero_stage == 0:
             optimizer.state.clear()
         self._finite_check_is_ours = self.zero_stage == 0 and not self._engine.bfloat16_enabled()
@@ -130,6 +131,10 @@ class Engine:
         finally:
             self._engine.train()
 
+    def gathered(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager:
+        """Within it, these parameters are whole on every rank, also under ZeRO-3. To be entered and left on all ranks."""
+        return deepspeed.zero.GatheredParameters(parameters, enabled=self.zero_stage == 3)
+
     def save(self, folder: Path) -> None:
         """Every rank writes its part of model and optimizer into `folder`, which is visible to all ranks."""
         self._engine.save_checkpoint(str(folder), tag=ENGINE_FOLDER, save_latest=False, exclude_frozen_parameters=self.trainable_only)
@@ -149,7 +154,7 @@ class Engine:
         for name, parameter in model.named_parameters():
             if self.trainable_only and not parameter.requires_grad:
                 continue
-            with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
+            with self.gathered([parameter]):
                 if self.processes.is_main:
                     state[name] = parameter.detach().to("cpu", copy=True)
         if self.processes.is_main and not self.trainable_only:

@@ -52,8 +52,8 @@ def linear_cross_entropy(
     factors: Tensor | None,
     transform: OutputTransform,
     chunk_elements: int = CHUNK_ELEMENTS,
-) -> tuple[Tensor, Tensor]:
-    """Weighted loss and token losses of a linear output layer.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weighted loss, token losses and normalisers of a linear output layer.
 
     Args:
         hidden: [tokens, width] last hidden states of supervised tokens only.
@@ -62,16 +62,20 @@ def linear_cross_entropy(
         factors: [tokens] float32, each token's factor in the loss; None: no loss is wanted.
 
     Returns:
-        sum of factors x token losses (scalar, float32, differentiable; 0 without factors), and the token losses
-        ([tokens] float32, negative log-likelihood in nats, detached).
+        sum of factors x token losses (scalar, float32, differentiable; 0 without factors); the token losses ([tokens]
+        float32, negative log-likelihood in nats, detached); and each token's log of the sum of its exponential logits
+        ([tokens] float32, detached), from which its probabilities can be formed again chunk by chunk.
     """
     chunk_tokens = max(1, chunk_elements // weight.shape[0])
     if factors is None or not torch.is_grad_enabled():
-        losses = [
-            _chunk_losses(h, weight, bias, y, transform)[0] for h, y in zip(hidden.split(chunk_tokens), labels.split(chunk_tokens), strict=True)
-        ]
-        token_losses = torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
-        return hidden.new_zeros((), dtype=torch.float32) if factors is None else (token_losses * factors).sum(), token_losses
+        token_losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
+        normalisers = torch.empty_like(token_losses)
+        with torch.no_grad():
+            for start in range(0, len(labels), chunk_tokens):
+                part = slice(start, start + chunk_tokens)
+                token_losses[part], _, normalisers[part] = _chunk_losses(hidden[part], weight, bias, labels[part], transform)
+        loss = hidden.new_zeros((), dtype=torch.float32) if factors is None else (token_losses * factors).sum()
+        return loss, token_losses, normalisers
     return _LinearCrossEntropy.apply(hidden, weight, bias, labels, factors, transform, chunk_tokens)
 
 
@@ -82,12 +86,29 @@ def _chunk_losses(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: T
     return normaliser - logits.gather(1, labels[:, None])[:, 0], logits, normaliser
 
 
+def logits_gradient_(logits: Tensor, normaliser: Tensor, labels: Tensor, factors: Tensor, transform: OutputTransform, first: int = 0) -> Tensor:
+    """Gradient of the sum of factors x token losses with respect to the output layer's own logits, before the transform.
+
+    Args:
+        logits: [tokens, columns] float32, transformed; of the vocabulary's entries from `first` on. May be overwritten.
+        normaliser, labels, factors: [tokens].
+    """
+    # factor x (softmax - one-hot), written over the logits unless the cap still needs them
+    gradient = torch.sub(logits, normaliser[:, None], out=logits if transform.cap is None else None).exp_()
+    columns = labels - first
+    inside = (columns >= 0) & (columns < logits.shape[1])
+    gradient.scatter_add_(1, columns.clamp(0, logits.shape[1] - 1)[:, None], -inside.to(gradient.dtype)[:, None])
+    gradient.mul_(factors[:, None])
+    return transform.backward_(gradient, logits)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Forms the gradients in the forward pass; backward only scales them."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, factors, transform, chunk_tokens):
         losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
+        normalisers = torch.empty_like(losses)
         hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # Chunks are added up in float32: a sum of many bfloat16 terms would lose the small ones.
         weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -95,12 +116,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels), chunk_tokens):
             part = slice(start, start + chunk_tokens)
             h, y = hidden[part], labels[part]
-            losses[part], logits, normaliser = _chunk_losses(h, weight, bias, y, transform)
-            # d loss / d logits = factor (softmax - one-hot), written over the logits unless the cap still needs them
-            gradient = torch.sub(logits, normaliser[:, None], out=logits if transform.cap is None else None).exp_()
-            gradient[torch.arange(len(y), device=y.device), y] -= 1.0
-            gradient.mul_(factors[part, None])
-            gradient = transform.backward_(gradient, logits).to(weight.dtype)
+            losses[part], logits, normalisers[part] = _chunk_losses(h, weight, bias, y, transform)
+            gradient = logits_gradient_(logits, normalisers[part], y, factors[part], transform).to(weight.dtype)
             if hidden_gradient is not None:
                 hidden_gradient[part] = gradient @ weight
             if weight_gradient is not None:
@@ -112,11 +129,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 bias_gradient += gradient.sum(0, dtype=torch.float32)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.save_for_backward(hidden_gradient, weight_gradient, bias_gradient)
-        ctx.mark_non_differentiable(losses)
-        return (losses * factors).sum(), losses
+        ctx.mark_non_differentiable(losses, normalisers)
+        return (losses * factors).sum(), losses, normalisers
 
     @staticmethod
-    def backward(ctx, loss_gradient, _):
+    def backward(ctx, loss_gradient, *_):
         hidden_gradient, weight_gradient, bias_gradient = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         return (

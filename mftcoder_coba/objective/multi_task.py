@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -38,15 +42,15 @@ class MultiTaskObjective(nn.Module):
         Returns:
             the micro-batch's part of L (scalar float32), and the sums S_k of this micro-batch ([K] float64, detached).
         """
+        return self.output_loss(*self.supervised(input_ids, position_ids, labels, task_ids, loss_weights), task_factors)
+
+    def supervised(
+        self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, task_ids: Tensor, loss_weights: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the supervised tokens alone: last hidden states [tokens, width]; labels, task ids and loss weights [tokens]."""
         hidden = self.hidden_states(input_ids, position_ids)
         supervised = labels.view(-1) >= 0
-        return self.output_loss(
-            hidden.reshape(-1, hidden.shape[-1])[supervised],
-            labels.view(-1)[supervised],
-            task_ids.view(-1)[supervised],
-            loss_weights.view(-1)[supervised],
-            task_factors,
-        )
+        return hidden.reshape(-1, hidden.shape[-1])[supervised], *(values.view(-1)[supervised] for values in (labels, task_ids, loss_weights))
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         """Last hidden states [rows, length, width]. Documents are kept apart by their restarting positions: see `models.attention`."""
@@ -84,6 +88,30 @@ class MultiTaskObjective(nn.Module):
             )
 
 
+@dataclass(frozen=True)
+class OutputTokens:
+    """What the output layer was given in one forward pass on this rank; supervised tokens only, detached.
+
+    hidden: [tokens, width]. labels, task_ids: [tokens] int64. loss_weights: [tokens] float32. normalisers: [tokens]
+    float32, see `linear_cross_entropy`.
+    """
+
+    hidden: Tensor
+    labels: Tensor
+    task_ids: Tensor
+    loss_weights: Tensor
+    normalisers: Tensor
+
+
+@dataclass(frozen=True)
+class OutputLayer:
+    """weight: [vocabulary, width]. bias: [vocabulary] or None. Both detached."""
+
+    weight: Tensor
+    bias: Tensor | None
+    transform: OutputTransform
+
+
 class OutputLoss(nn.Module):
     """The output layer and the loss as one module, so that ZeRO-3 gathers the layer once, however many chunks a rank has.
 
@@ -102,6 +130,26 @@ class OutputLoss(nn.Module):
         self._layer = (layer,)
         self.num_tasks = num_tasks
         self.transform = output_transform(causal_lm.config)
+        self._collected: list[OutputTokens] | None = None
+
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[list[OutputTokens]]:
+        """Every forward pass within it adds its tokens to the list. Nothing is kept otherwise."""
+        self._collected = []
+        try:
+            yield self._collected
+        finally:
+            self._collected = None
+
+    def layer(self, copy: bool = False) -> OutputLayer:
+        """The output layer as it is now; with `copy` it stays so. Under ZeRO-3 the caller has gathered `external_parameters`."""
+        weight, bias = (None if values is None else values.detach() for values in (self._layer[0].weight, self._layer[0].bias))
+        return OutputLayer(weight.clone() if copy else weight, bias.clone() if copy and bias is not None else bias, self.transform)
+
+    @property
+    def trained(self) -> bool:
+        """Whether the optimizer moves the output layer."""
+        return any(parameter.requires_grad for parameter in self.external_parameters)
 
     @property
     def external_parameters(self) -> list[nn.Parameter]:
@@ -112,7 +160,9 @@ class OutputLoss(nn.Module):
         """All [tokens, ...] of supervised tokens only; returns as `MultiTaskObjective.forward`."""
         layer = self._layer[0]
         factors = None if task_factors is None else (task_factors[task_ids] * loss_weights).float()
-        loss, token_losses = linear_cross_entropy(hidden, layer.weight, layer.bias, labels, factors, self.transform)
+        loss, token_losses, normalisers = linear_cross_entropy(hidden, layer.weight, layer.bias, labels, factors, self.transform)
+        if self._collected is not None:
+            self._collected.append(OutputTokens(hidden.detach(), labels, task_ids, loss_weights, normalisers))
         sums = torch.zeros(self.num_tasks, dtype=torch.float64, device=hidden.device)
         sums.index_add_(0, task_ids, token_losses.double() * loss_weights)
         return loss, sums

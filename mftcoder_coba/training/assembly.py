@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from mftcoder_coba.balancing import Balancer, create, resolve, signals_of
+from mftcoder_coba.balancing import VALIDATION_SIGNALS, Balancer, create, resolve, signals_of
 from mftcoder_coba.config import Config
 from mftcoder_coba.data import BalancerStream, Batch, Corpus, TrainSchedule, collate
 from mftcoder_coba.engine import Engine, Processes
@@ -74,13 +74,23 @@ class Run:
 def check_data(config: Config, corpus: Corpus) -> None:
     """Raises UserError where the balancer needs validation data that some task does not have."""
     without = [name for name, task in zip(corpus.tasks, corpus.splits["valid"], strict=True) if len(task) == 0]
-    if without and "validation_losses" in signals_of(config.balancer):
+    if without and signals_of(config.balancer) & VALIDATION_SIGNALS:
         found = [corpus.accounting[name]["valid"].summary() if "valid" in corpus.accounting[name] else f"{name}/valid: no files" for name in without]
         raise UserError(
             f"the balancer {config.balancer.kind} needs validation data of every task; there is none for {', '.join(without)}\n  "
             + "\n  ".join(found),
             "data.tasks[].valid",
             'name `valid` files, or raise data.valid_fraction; for samples that are too long, data.too_long = "truncate"',
+        )
+
+
+def check_signals(config: Config) -> None:
+    """Raises UserError where the balancer wants what cannot be measured under this ZeRO stage."""
+    if config.zero_stage == 3 and "full_gradient_products" in signals_of(config.balancer):
+        raise UserError(
+            "gradients of all parameters are measured with whole parameters on every rank; ZeRO-3 parts them",
+            'balancer.gradients = "all"',
+            'set it to "output_layer", or choose ZeRO-0, 1 or 2 in `deepspeed`',
         )
 
 

@@ -23,12 +23,13 @@ class WeightMismatchError(RunFailure):
 class StepOutcome:
     """What one step did, the same on every rank.
 
-    losses: [K] S_k / N_k, NaN for tasks absent from the global batch. tokens: [K] supervised tokens. total_tokens: all
-    tokens but padding. weights: [K] used. loss: L. skipped: loss or gradient were not finite, nothing changed.
+    losses: [K] S_k / N_k, NaN for tasks absent from the global batch. denominators: [K] N_k. tokens: [K] supervised tokens.
+    total_tokens: all tokens but padding. weights: [K] used. loss: L. skipped: loss or gradient were not finite, nothing changed.
     """
 
     loss: float
     losses: np.ndarray
+    denominators: np.ndarray
     tokens: np.ndarray
     total_tokens: int
     weights: np.ndarray
@@ -36,10 +37,27 @@ class StepOutcome:
     skipped: bool
 
 
+@dataclass(frozen=True)
+class TaskLosses:
+    """Measured over a global batch, the same on every rank.
+
+    losses: [K] S_k / N_k, NaN for absent tasks. denominators: [K] N_k. tokens: [K] supervised tokens.
+    """
+
+    losses: np.ndarray
+    denominators: np.ndarray
+    tokens: np.ndarray
+
+
+def inputs_of(engine: Engine, batch: Batch) -> tuple[torch.Tensor, ...]:
+    """A micro-batch on the device: what the objective takes before the factors."""
+    tensors = (batch.input_ids, batch.position_ids, batch.labels, batch.task_ids, batch.loss_weights)
+    return tuple(tensor.to(engine.device, non_blocking=True) for tensor in tensors)
+
+
 def forward(engine: Engine, batch: Batch, task_factors: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """(this micro-batch's part of L, its sums S_k)."""
-    tensors = (batch.input_ids, batch.position_ids, batch.labels, batch.task_ids, batch.loss_weights)
-    return engine.forward(*(tensor.to(engine.device, non_blocking=True) for tensor in tensors), task_factors)
+    return engine.forward(*inputs_of(engine, batch), task_factors)
 
 
 def train_step(engine: Engine, balancer: Balancer, micro_batches: list[Batch], learning_rate: float) -> StepOutcome:
@@ -86,6 +104,7 @@ def train_step(engine: Engine, balancer: Balancer, micro_batches: list[Batch], l
     return StepOutcome(
         loss=float((weights * np.where(present, losses, 0.0)).sum()),
         losses=losses,
+        denominators=denominators,
         tokens=tokens.astype(np.int64),
         total_tokens=total_tokens,
         weights=weights,
@@ -94,8 +113,8 @@ def train_step(engine: Engine, balancer: Balancer, micro_batches: list[Batch], l
     )
 
 
-def losses_of(engine: Engine, batches: Iterable[Batch]) -> tuple[np.ndarray, np.ndarray]:
-    """Measures, and trains nothing: (losses [K], NaN for absent tasks; supervised tokens [K]) over the batches of all ranks.
+def losses_of(engine: Engine, batches: Iterable[Batch]) -> TaskLosses:
+    """Measures over the batches of all ranks, and trains nothing.
 
     Every rank gives the same number of batches, at least one. One all-reduce. Dropout is as the engine has it.
     """
@@ -106,7 +125,7 @@ def losses_of(engine: Engine, batches: Iterable[Batch]) -> tuple[np.ndarray, np.
             parts.append(torch.cat([forward(engine, batch, None)[1][None], counts]))
     sums, denominators, tokens = engine.processes.all_reduce_sum(torch.stack(parts).sum(0)).cpu().numpy()
     losses = np.divide(sums, denominators, out=np.full(len(sums), np.nan), where=denominators > 0)
-    return losses, tokens.astype(np.int64)
+    return TaskLosses(losses, denominators, tokens.astype(np.int64))
 
 
 def _fingerprint(weights: np.ndarray) -> float:

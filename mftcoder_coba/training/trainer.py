@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from pathlib import Path
@@ -10,17 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from mftcoder_coba.balancing import Signals
 from mftcoder_coba.config import Config
 from mftcoder_coba.data import Batch, load_tokenizer, prepare
 from mftcoder_coba.engine import Processes, build_deepspeed_config, launched_local_rank, launched_world_size
 from mftcoder_coba.errors import RunFailure
 from mftcoder_coba.models import check_adapter, write_export
-from mftcoder_coba.training.assembly import Run, assemble, check_data
+from mftcoder_coba.training.assembly import Run, assemble, check_data, check_signals
 from mftcoder_coba.training.checkpoints import Checkpoints
 from mftcoder_coba.training.learning_rate import learning_rate
+from mftcoder_coba.training.observation import Observer
 from mftcoder_coba.training.run_folder import RunFolder
-from mftcoder_coba.training.step import StepOutcome, losses_of, train_step
+from mftcoder_coba.training.step import StepOutcome, train_step
 from mftcoder_coba.training.stopping import BestStep
 from mftcoder_coba.training.tracker import Tracker
 
@@ -44,6 +45,7 @@ def train(config: Config, command: list[str]) -> Path | None:
     # What can be found wrong without data or model is found first.
     deepspeed_config = build_deepspeed_config(config, launched_world_size())
     check_adapter(config.adapter, deepspeed_config)
+    check_signals(config)
     folder = RunFolder(config)
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
     checkpoint = checkpoints.find(config.checkpoint.resume)
@@ -79,6 +81,9 @@ class Loop:
     def __init__(self, run: Run, folder: RunFolder, checkpoints: Checkpoints, tracker: Tracker):
         self.run, self.folder, self.checkpoints, self.tracker = run, folder, checkpoints, tracker
         self.config = run.config
+        self.observer = Observer(
+            run.engine, run.balancer.signals, run.validation, run.stream, getattr(run.config.balancer, "update_interval", 1), self.seed_dropout
+        )
         self.best = BestStep(run.config.validation.early_stopping)
         self.initial_losses = np.full(len(run.corpus.tasks), np.nan)
         self.step = 0
@@ -98,23 +103,14 @@ class Loop:
 
     def train_and_observe(self) -> None:
         """One optimizer step, and what the balancer wants to know of it."""
-        run = self.run
-        batches = run.micro_batches(self.step)
-        wanted = run.balancer.signals if run.balancer.wants(self.step) else frozenset()
-        started = time.perf_counter()
-        before = self.mini_batch()[0] if "validation_losses_before" in wanted else None
-        measuring = time.perf_counter() - started
-        outcome = self.train(batches)
-        if not run.balancer.wants(self.step):
+        batches = self.run.micro_batches(self.step)
+        train = functools.partial(self.train, batches)
+        if not self.run.balancer.wants(self.step):
+            train()
             return
-        started = time.perf_counter()
-        losses, slots = self.mini_batch() if "validation_losses" in wanted else (None, None)
-        after = None
-        if "train_losses_after" in wanted:
-            self.seed_dropout()  # the same masks as in the step
-            after = finite(losses_of(run.engine, batches)[0])
-        run.balancer.observe(Signals(self.step, finite(outcome.losses), after, losses, before, slots))
-        self.tracker.balancer(self.step, measuring + time.perf_counter() - started, losses, slots)
+        signals, seconds = self.observer.around(self.step, batches, train)
+        self.run.balancer.observe(signals)
+        self.tracker.balancer(self.step, seconds, signals.validation_losses, signals.slots)
 
     def train(self, batches: list[Batch]) -> StepOutcome:
         run, training = self.run, self.config.training
@@ -136,19 +132,14 @@ class Loop:
         """Dropout is a function of seed, step and rank: a resumed run draws the same without saved generator states."""
         torch.manual_seed(np.random.SeedSequence([self.config.run.seed, self.step, self.run.processes.rank]).generate_state(1, np.uint64)[0])
 
-    def mini_batch(self) -> tuple[np.ndarray, np.ndarray]:
-        """(losses [K], slots [K]) of this step's validation mini-batch."""
-        observation = self.step // getattr(self.config.balancer, "update_interval", 1) - 1
-        losses, slots = self.run.validation.mini_batch(self.run.stream, observation)
-        return finite(losses), slots
-
     def validate_before_training(self) -> None:
         """The denominators v_k(0) of every loss ratio."""
         if not self.run.validation.rows:
             return
-        self.initial_losses, tokens = self.run.validation.full()
+        measured = self.run.validation.full()
+        self.initial_losses = measured.losses
         self.run.balancer.start(self.initial_losses)
-        self.tracker.validation(0, self.initial_losses, self.initial_losses, tokens)
+        self.tracker.validation(0, self.initial_losses, self.initial_losses, measured.tokens)
 
     def validate(self) -> None:
         """Full validation, the best step, early stopping. Without any validation data the last step is the best."""
@@ -156,9 +147,10 @@ class Loop:
             if self.step == self.run.plan.total_steps:
                 self.export("the last step; there is no validation data")
             return
-        losses, tokens = self.run.validation.full()
-        self.tracker.validation(self.step, losses, self.initial_losses, tokens)
-        ratios = {name: ratio for name, ratio in zip(self.run.corpus.tasks, losses / self.initial_losses, strict=True) if not math.isnan(ratio)}
+        measured = self.run.validation.full()
+        self.tracker.validation(self.step, measured.losses, self.initial_losses, measured.tokens)
+        ratios = zip(self.run.corpus.tasks, measured.losses / self.initial_losses, strict=True)
+        ratios = {name: ratio for name, ratio in ratios if not math.isnan(ratio)}
         if self.best.update(self.step, ratios):
             self.export(f"{self.best.config.criterion} {self.best.value:.4f}")
             self.folder.write_best(self.run.processes, self.best, ratios)
@@ -198,8 +190,3 @@ class Loop:
         self.run.balancer.load_state_dict(state["balancer"])
         self.best.load_state_dict(state["best"])
         self.stopped_early = self.best.exhausted
-
-
-def finite(losses: np.ndarray) -> np.ndarray:
-    """What is not finite counts as missing: NaN."""
-    return np.where(np.isfinite(losses), losses, np.nan)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
-from mftcoder_coba.data import BalancerStream, Batch, Row, TaskData, collate, validation_rows
+from mftcoder_coba.data import Batch, Row, TaskData, collate, validation_rows
 from mftcoder_coba.engine import Engine
-from mftcoder_coba.training.step import losses_of
+from mftcoder_coba.training.step import TaskLosses, losses_of
 
 
 class Validation:
@@ -25,30 +23,31 @@ class Validation:
         self.sequence_length, self.isolate = sequence_length, packing != "none"
         self.rows = validation_rows([task.lengths for task in data], sequence_length, packing)
 
-    def full(self) -> tuple[np.ndarray, np.ndarray]:
-        """(losses [K], NaN for tasks without validation data; supervised tokens [K]) of the whole set."""
+    def full(self) -> TaskLosses:
+        """Of the whole set; the loss of a task without validation data is NaN."""
         return self.losses(self.rows)
 
-    def mini_batch(self, stream: BalancerStream, observation: int) -> tuple[np.ndarray, np.ndarray]:
-        """(losses [K], slots [K]) of the balancer's mini-batch number `observation`."""
-        rows, slots = stream.mini_batch(observation)
-        return self.losses(rows)[0], slots
+    def losses(self, rows: Sequence[Row]) -> TaskLosses:
+        """Of rows that are dealt out to the ranks. One all-reduce."""
+        with self.engine.evaluating():
+            return losses_of(self.engine, self.batches(rows))
 
-    def losses(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
-        """(losses [K], supervised tokens [K]) of rows that are dealt out to the ranks. One all-reduce."""
-        processes, tasks = self.engine.processes, len(self.data)
-        # Rows are spread evenly, and every rank makes the same number of forward passes: ZeRO-3 gathers parameters in each.
+    def batches(self, rows: Sequence[Row]) -> Iterator[Batch]:
+        """This rank's part of the rows. All ranks get the same number of batches: ZeRO-3 gathers parameters in each pass."""
+        processes = self.engine.processes
         per_rank = -(-len(rows) // processes.world_size)
         passes = max(1, -(-per_rank // self.rows_per_batch))
         width = -(-per_rank // passes)
-
-        def batches() -> Iterator[Batch]:
-            for index in range(passes):
-                start = (index * processes.world_size + processes.rank) * width
-                part = rows[start : start + width]
-                yield collate(
-                    part, self.data, tasks, self.pad_token_id, "token", max(1, len(part)), max_length=self.sequence_length, isolate=self.isolate
-                )
-
-        with self.engine.evaluating():
-            return losses_of(self.engine, batches())
+        for index in range(passes):
+            start = (index * processes.world_size + processes.rank) * width
+            part = rows[start : start + width]
+            yield collate(
+                part,
+                self.data,
+                len(self.data),
+                self.pad_token_id,
+                "token",
+                max(1, len(part)),
+                max_length=self.sequence_length,
+                isolate=self.isolate,
+            )

@@ -152,7 +152,6 @@ def start(config: Config, corpus: Corpus, processes: Processes, initial: np.ndar
     if initial is None:
         loop.validate_before_training()
     else:
-        run.engine.module.train()  # as the validation before training leaves it
         run.balancer.start(initial)
     return loop
 

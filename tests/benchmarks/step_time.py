@@ -44,7 +44,7 @@ def build(arguments: argparse.Namespace, processes: Processes, cache: str, balan
     corpus = prepare(config.data, config.model.path)
     run = assemble(config, build_deepspeed_config(config, 1), corpus, load_tokenizer(config.model.path), processes, None)
     if balancer == "coba":
-        run.balancer.start(run.validation.full()[0])
+        run.balancer.start(run.validation.full().losses)
     return run
 
 
@@ -54,8 +54,8 @@ def ours(run: Run):
     def step(number: int) -> None:
         train_step(run.engine, run.balancer, run.micro_batches(number), 1e-4)
         if run.balancer.wants(number):
-            losses, slots = run.validation.mini_batch(run.stream, number - 1)
-            run.balancer.observe(Signals(number, validation_losses=losses, slots=slots))
+            rows, slots = run.stream.mini_batch(number - 1)
+            run.balancer.observe(Signals(number, validation_losses=run.validation.losses(rows).losses, slots=slots))
 
     return step
 

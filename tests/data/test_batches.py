@@ -62,7 +62,7 @@ def test_missing_rows_are_padding_and_a_batch_may_hold_nothing():
 
 @pytest.mark.parametrize(
     ("options", "length"),
-    [({"length_multiple": 1}, 7), ({"length_multiple": 5}, 10), ({"length_multiple": 5, "max_length": 9}, 9), ({"fixed_length": 16}, 16)],
+    [({"length_multiple": 1}, 7), ({"length_multiple": 5}, 10), ({"length_multiple": 5, "max_length": 9}, 9)],
 )
 def test_the_length_is_the_longest_row_rounded_up_within_the_maximum(options, length):
     assert batch(**options).input_ids.shape == (2, length)
@@ -70,7 +70,7 @@ def test_the_length_is_the_longest_row_rounded_up_within_the_maximum(options, le
 
 def test_a_row_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="7 tokens does not fit into 6"):
-        batch(fixed_length=6)
+        batch(max_length=6)
 
 
 def test_counts_of_a_corpus_are_those_of_its_batches():
