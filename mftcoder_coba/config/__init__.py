@@ -2,6 +2,7 @@
 
 from mftcoder_coba.config.loading import load_config, validate
 from mftcoder_coba.config.schema import (
+    BALANCERS,
     FIELD_PAIRS,
     FORMAT_FIELDS,
     AdapterConfig,
@@ -31,6 +32,7 @@ from mftcoder_coba.config.schema import (
 )
 
 __all__ = [
+    "BALANCERS",
     "FIELD_PAIRS",
     "FORMAT_FIELDS",
     "AdapterConfig",

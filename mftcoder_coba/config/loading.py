@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from mftcoder_coba.config.schema import Config
+from mftcoder_coba.config.schema import BALANCERS, Config
 from mftcoder_coba.errors import UserError, suggestion
 
 
@@ -211,15 +211,7 @@ def _relevant(findings: list[Any]) -> list[Any]:
 
 # Names that pydantic adds to a location for the branch of a union that it tried.
 _BRANCHES = {
-    "coba",
-    "uniform",
-    "proportional",
-    "fixed",
-    "random",
-    "lbtw",
-    "dwa",
-    "uncertainty",
-    "famo",
+    *BALANCERS,
     "MarkersConfig",
     "bool",
     "int",

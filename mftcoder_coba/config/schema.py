@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -255,6 +255,9 @@ BalancerConfig = Annotated[
     | MetaWeightingConfig,
     Field(discriminator="kind"),
 ]
+# Each method's section by its kind.
+_SECTIONS = get_args(get_args(BalancerConfig)[0])
+BALANCERS: dict[str, type[Section]] = {get_args(section.model_fields["kind"].annotation)[0]: section for section in _SECTIONS}
 
 
 class TrainingConfig(Section):

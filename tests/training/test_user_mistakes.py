@@ -89,6 +89,11 @@ def too_long_for_the_model(tree, folder):
     tree["data"]["sequence_length"] = 4096
 
 
+def all_gradients_in_parts(tree, folder):
+    tree["balancer"] = {"kind": "metaweighting", "gradients": "all"}
+    tree["deepspeed"] = {"zero_optimization": {"stage": 3}}
+
+
 def code_of_its_own(tree, folder):
     config = json.loads((folder / "model" / "config.json").read_text())
     config |= {"auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}, "model_type": "own"}
@@ -115,6 +120,7 @@ CASES = {
     "broken line": (broken_line, ["train.jsonl:7"]),
     "deepspeed contradicts": (setting("deepspeed.gradient_clipping", 5.0), ["deepspeed.gradient_clipping", "5.0", "1.0"]),
     "deepspeed decides the optimizer": (setting("deepspeed.optimizer", {"type": "Adam"}), ["deepspeed.optimizer", "training.learning_rate"]),
+    "all gradients under ZeRO-3": (all_gradients_in_parts, ['balancer.gradients = "all"', "ZeRO-3", '"output_layer"']),
     "a run name that leaves its folder": (setting("run.name", "../x"), ["run.name"]),
     "fixed weights of unknown tasks": (
         setting("balancer", {"kind": "fixed", "weights": {"count": 1, "revers": 1}}),

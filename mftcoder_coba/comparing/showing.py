@@ -1,0 +1,130 @@
+"""What a comparison leaves behind: tables as Markdown and CSV, figures, and one self-contained page."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from mftcoder_coba.comparing.figures import charts_of, draw
+from mftcoder_coba.comparing.methods import Methods
+from mftcoder_coba.comparing.results import Outcome, Value, read_outcomes, values_of
+from mftcoder_coba.comparing.runs import PlannedRun
+from mftcoder_coba.comparing.tables import Table, build_tables, seeds_note, to_csv, to_markdown, values_csv
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was asked for: `failed` is the reason of each run that is not finished, by its name."""
+
+    out: Path
+    config: str
+    experiment: dict[str, Any]
+    methods: Methods
+    tasks: Sequence[str]
+    runs: Sequence[PlannedRun]
+    failed: dict[str, str]
+
+    @property
+    def seeds(self) -> list[int]:
+        return list(dict.fromkeys(run.seed for run in self.runs))
+
+
+def write_tables(comparison: Comparison, finished: Sequence[PlannedRun]) -> tuple[list[Outcome], list[Table]]:
+    """compare.md, compare.csv and a CSV per table, from the runs that are finished.
+
+    Raises:
+        UserError: a file of a run folder is broken.
+    """
+    outcomes = read_outcomes(finished)
+    reference = next((name for name, section in comparison.methods.items() if section and section["kind"] == "uniform"), None)
+    values = values_of(outcomes, comparison.tasks, reference)
+    tables = build_tables(
+        values,
+        _finished_seeds(comparison, finished),
+        len(comparison.seeds),
+        comparison.tasks,
+        [name for name, section in comparison.methods.items() if section is None],
+    )
+    _write(comparison.out / "compare.csv", values_csv(_in_order(values, comparison)))
+    for table in tables:
+        _write(comparison.out / f"compare-{table.name}.csv", to_csv(table))
+    head = ["# Comparison of balancers", "", *(f"- {line}" for line in facts(comparison, finished, outcomes))]
+    _write(comparison.out / "compare.md", to_markdown(tables, head))
+    return outcomes, tables
+
+
+def write_page(comparison: Comparison, finished: Sequence[PlannedRun]) -> Path:
+    """All tables and figures, and compare.html, which needs no other file and no network. Returns its path."""
+    outcomes, tables = write_tables(comparison, finished)
+    charts = draw(charts_of(outcomes, comparison.tasks), comparison.out / "figures")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    html = environment.get_template("comparison.html").render(
+        title=f"Comparison of balancers: {comparison.experiment['run']['name']}",
+        facts=facts(comparison, finished, outcomes),
+        tables=tables,
+        charts=[{"chart": drawn["chart"], "wide": _data_uri(drawn["wide"]), "narrow": _data_uri(drawn["narrow"])} for drawn in charts],
+        methods=[(name, "one model per task" if section is None else json.dumps(section)) for name, section in comparison.methods.items()],
+        config=json.dumps(comparison.experiment, indent=2, ensure_ascii=False),
+    )
+    page = comparison.out / "compare.html"
+    _write(page, html)
+    return page
+
+
+def facts(comparison: Comparison, finished: Sequence[PlannedRun], outcomes: Sequence[Outcome]) -> list[str]:
+    """What was compared and what is missing, a sentence each."""
+    steps = sorted({run.total_steps for run in comparison.runs if run.task is None})
+    interval = comparison.experiment["validation"]["every_steps"]
+    told = [
+        f"Experiment {comparison.config}; tasks: {', '.join(comparison.tasks)}; seeds: {', '.join(map(str, comparison.seeds))}.",
+    ]
+    if steps:
+        number = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,} (each seed packs its data in its own order)"
+        shared = "runs of one seed share initial values, data order and validation mini-batches"
+        told.append(f"Every method trains for {number} steps and is validated every {interval:,}; {shared}.")
+    singles = [run for run in comparison.runs if run.task is not None and run.seed == comparison.seeds[0]]
+    if singles:
+        passes = ", ".join(f"{run.task} {run.total_steps:,} ({run.config.training.epochs:.3g} passes)" for run in singles)
+        what = f"{singles[0].method} trains a model per task, with as many passes over the task's data as the mixture and the same global batch"
+        told.append(f"{what}; steps with seed {singles[0].seed}: {passes}.")
+    told.append(seeds_note(len(comparison.seeds)))
+    told.append("Checkpoints are selected by the validation data that the tables show, which flatters all methods alike a little.")
+    sizes = sorted({(str(outcome.run.environment.get("device")), outcome.run.environment.get("world_size")) for outcome in outcomes}, key=str)
+    if len(sizes) > 1:
+        told.append(f"Runs were made on different processes, so times do not compare: {', '.join(f'{size} x {device}' for device, size in sizes)}.")
+    done = {run.name for run in finished}
+    missing = [run.name for run in comparison.runs if run.name not in done]
+    if missing:
+        told.append(f"Not finished, and left out: {', '.join(missing)}. Means of methods with other seeds do not compare exactly.")
+    return told
+
+
+def _finished_seeds(comparison: Comparison, finished: Sequence[PlannedRun]) -> dict[str, int]:
+    """Method -> seeds of which all runs are there."""
+    done = {run.name for run in finished}
+    missing = {(run.method, run.seed) for run in comparison.runs if run.name not in done}
+    return {method: sum((method, seed) not in missing for seed in comparison.seeds) for method in comparison.methods}
+
+
+def _in_order(values: Sequence[Value], comparison: Comparison) -> list[Value]:
+    methods = list(comparison.methods)
+    return sorted(values, key=lambda value: (methods.index(value.method), comparison.seeds.index(value.seed)))
+
+
+def _data_uri(png: Any) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def _write(file: Path, text: str) -> None:
+    aside = file.with_name(f".{file.name}.new")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, file)
