@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 from collections.abc import Sequence
@@ -10,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from mftcoder_coba.comparing.figures import charts_of, draw
 from mftcoder_coba.comparing.methods import Methods
 from mftcoder_coba.comparing.results import Outcome, Value, read_outcomes, values_of
 from mftcoder_coba.comparing.runs import PlannedRun
 from mftcoder_coba.comparing.tables import Table, build_tables, seeds_note, to_csv, to_markdown, values_csv
+from mftcoder_coba.reporting.pages import png_uri
+from mftcoder_coba.reporting.pages import write_page as write_html
 
 
 @dataclass(frozen=True)
@@ -64,20 +63,16 @@ def write_page(comparison: Comparison, finished: Sequence[PlannedRun]) -> Path:
     """All tables and figures, and compare.html, which needs no other file and no network. Returns its path."""
     outcomes, tables = write_tables(comparison, finished)
     charts = draw(charts_of(outcomes, comparison.tasks), comparison.out / "figures")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    html = environment.get_template("comparison.html").render(
+    return write_html(
+        comparison.out / "compare.html",
+        Path(__file__).with_name("comparison.html"),
         title=f"Comparison of balancers: {comparison.experiment['run']['name']}",
         facts=facts(comparison, finished, outcomes),
         tables=tables,
-        charts=[{"chart": drawn["chart"], "wide": _data_uri(drawn["wide"]), "narrow": _data_uri(drawn["narrow"])} for drawn in charts],
+        charts=[{"chart": drawn["chart"], "wide": png_uri(drawn["wide"]), "narrow": png_uri(drawn["narrow"])} for drawn in charts],
         methods=[(name, "one model per task" if section is None else json.dumps(section)) for name, section in comparison.methods.items()],
         config=json.dumps(comparison.experiment, indent=2, ensure_ascii=False),
     )
-    page = comparison.out / "compare.html"
-    _write(page, html)
-    return page
 
 
 def facts(comparison: Comparison, finished: Sequence[PlannedRun], outcomes: Sequence[Outcome]) -> list[str]:
@@ -118,10 +113,6 @@ def _finished_seeds(comparison: Comparison, finished: Sequence[PlannedRun]) -> d
 def _in_order(values: Sequence[Value], comparison: Comparison) -> list[Value]:
     methods = list(comparison.methods)
     return sorted(values, key=lambda value: (methods.index(value.method), comparison.seeds.index(value.seed)))
-
-
-def _data_uri(png: Any) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
 def _write(file: Path, text: str) -> None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import jinja2
 
 from mftcoder_coba.errors import UserError
 from mftcoder_coba.reporting import comparison_figures, run_figures
@@ -18,6 +14,7 @@ from mftcoder_coba.reporting.comparison import ABSENT, Comparison, compare, flat
 from mftcoder_coba.reporting.comparison import sentences as comparison_sentences
 from mftcoder_coba.reporting.data_tables import DataTable, data_tables
 from mftcoder_coba.reporting.figures import Chart, png, style_of
+from mftcoder_coba.reporting.pages import png_uri, write_page
 from mftcoder_coba.reporting.records import RESTORE, Run, read_run
 from mftcoder_coba.reporting.summary import best_step, sentences, task_summaries
 
@@ -50,12 +47,8 @@ def build_report(*run_dirs: Path, out: Path | None = None) -> Path:
         section["charts"] = _draw(run_figures.CHARTS, section["run"], folder, suffix, order=comparison.tasks)
     compared = _compared(comparison, folder) if len(runs) > 1 else None
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    html = _environment().get_template("page.html").render(title=title, compared=compared, sections=sections)
-    page = folder / "report.html"
-    draft = page.with_name(page.name + ".tmp")
-    draft.write_text(html, encoding="utf-8")
-    os.replace(draft, page)
-    return page
+    filters = {"plain": _plain, "fixed": _fixed, "setting": _setting, "lowest": _lowest}
+    return write_page(folder / "report.html", Path(__file__).with_name("page.html"), filters, title=title, compared=compared, sections=sections)
 
 
 def _make_folder(folder: Path) -> None:
@@ -117,12 +110,8 @@ def _draw(charts: Sequence[Chart], subject: Run | Comparison, folder: Path, suff
         wide = png(figure)
         (folder / f"{chart.name}{suffix}.png").write_bytes(wide)
         narrow = png(chart.draw(subject, narrow=True, **options))
-        drawn.append({"name": chart.name, "title": chart.title, "caption": chart.caption, "wide": _data_uri(wide), "narrow": _data_uri(narrow)})
+        drawn.append({"name": chart.name, "title": chart.title, "caption": chart.caption, "wide": png_uri(wide), "narrow": png_uri(narrow)})
     return drawn
-
-
-def _data_uri(content: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
 
 
 def _data_tables(run: Run) -> list[DataTable]:
@@ -175,11 +164,3 @@ def _lowest(values: Sequence[float]) -> float | None:
     """The lowest of several; None where there are not two to compare."""
     finite = [value for value in values if math.isfinite(value)]
     return min(finite) if len(finite) > 1 else None
-
-
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(plain=_plain, fixed=_fixed, setting=_setting, lowest=_lowest)
-    return environment
