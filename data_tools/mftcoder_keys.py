@@ -113,7 +113,8 @@ DIFFERENT: dict[str, Sentence] = {
         "case2": _SAMPLES,
         "case3": _PER_TASK,
         "case4": f"{_PER_TASK}. {_SAMPLES}",
-        "coba": f"weights by the paper's formulas; MFTCoder adds a second softmax and a least weight of 1/(10 K). Also, {_PER_TASK}",
+        "coba": "weights by the paper's formulas; MFTCoder adds a second softmax and a least weight of 1/(10 K): balancer.variant "
+        f'"mftcoder" has them. Also, {_PER_TASK}',
     },
     "peft_type": {"lora": _NO_LORA_BIAS, "qlora": _NO_LORA_BIAS, "null": None},
     "per_device_eval_batch_size": "sizes the balancer's mini-batch only; full validations take micro_batch_rows at once",
