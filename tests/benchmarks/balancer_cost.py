@@ -215,12 +215,11 @@ def print_data(loops: dict[str, Loop], arguments: argparse.Namespace) -> None:
 
 
 def print_table(loops: dict[str, Loop], seconds: dict[str, list[float]], processor: dict[str, list[float]]) -> None:
-    """Relative times are ratios of medians; beside them the quartiles of the ratios in each round."""
+    """Relative times are medians, with quartiles, of the ratios to uniform in each round."""
     print(f"\n{'':28} ms a step  relative  (quartiles)     processor  pays beyond the step")
     for name, loop in loops.items():
-        ratios = np.array(seconds[name]) / np.array(seconds["uniform"])
-        low, high = np.quantile(ratios, (0.25, 0.75))
-        relative, used = (statistics.median(of[name]) / statistics.median(of["uniform"]) for of in (seconds, processor))
+        low, relative, high = np.quantile(np.array(seconds[name]) / np.array(seconds["uniform"]), (0.25, 0.5, 0.75))
+        used = np.median(np.array(processor[name]) / np.array(processor["uniform"]))
         pays = "; ".join(text for *_, text in work_of(loop.config.balancer)) or "nothing"
         print(f"{name:28} {1000 * statistics.median(seconds[name]):9.1f} {relative:9.3f}  ({low:.3f}, {high:.3f}) {used:10.3f}  {pays}")
 
