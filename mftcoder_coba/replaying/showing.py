@@ -15,12 +15,10 @@ from numpy.typing import NDArray
 
 from mftcoder_coba.config import CobaConfig
 from mftcoder_coba.replaying.feeding import MARGIN, Replay, Span, equals_recorded, held_back, warmup_end
-from mftcoder_coba.reporting.figures import DPI, GREY, running_mean, style_of
+from mftcoder_coba.reporting.figures import DPI, GREY, is_noisy, running_mean, style_of
 
 SPANS_TOLD = 4
 PANELS = 12  # of one figure
-# Weights that go up and down so many times their range are noisy: lines of several tasks would hide each other.
-NOISY = 10
 
 
 def lines(replays: Sequence[Replay]) -> list[str]:
@@ -90,7 +88,7 @@ def write_figures(replays: Sequence[Replay], folder: Path) -> list[Path]:
     """weights.png, and weights-2.png, ... where there are more replays than panels. Figures of an earlier replay go."""
     for old in [folder / "weights.png", *folder.glob("weights-[0-9]*.png")]:
         old.unlink(missing_ok=True)
-    noisy = any(_is_noisy(replay.weights) for replay in replays)
+    noisy = any(is_noisy(column) for replay in replays for column in replay.weights.T)
     # Single spikes must not press the lines flat.
     highest = max(float(max(_strong(replay, noisy).max(), np.percentile(replay.weights, 99 if noisy else 100))) for replay in replays)
     files = []
@@ -157,11 +155,6 @@ def _draw_panel(axes: Axes, replay: Replay, noisy: bool) -> None:
     axes.tick_params(color="#999999")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10], integer=True))
     axes.set_xlim(0, int(replay.steps[-1]) * 1.02)
-
-
-def _is_noisy(weights: NDArray) -> bool:
-    way, extent = np.abs(np.diff(weights, axis=0)).sum(axis=0), np.ptp(weights, axis=0)
-    return bool((way > NOISY * extent).any())
 
 
 def _strong(replay: Replay, noisy: bool) -> NDArray:
