@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -102,7 +102,7 @@ def _wait(processes: list, timeout: float) -> None:
         while any(process.exitcode is None for process in processes) and time.monotonic() < end:
             if any(process.exitcode for process in processes):
                 end = min(end, time.monotonic() + GRACE_SECONDS)
-            next(process for process in processes if process.exitcode is None).join(0.2)
+            connection.wait([process.sentinel for process in processes if process.exitcode is None], 0.2)
     finally:
         for process in processes:
             process.kill()
