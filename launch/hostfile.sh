@@ -5,6 +5,14 @@
 #
 # HOSTFILE has a line per machine, "HOST slots=8": one line for 8 A100s, two for 16. Needed on every machine: this repository
 # and its virtual environment (launch/setup.sh) under the same path, the data, and ssh (and pdsh) without a password.
+#
+# Ctrl-C ends the run with a checkpoint. DeepSpeed's launchers do not wait for it: this script ends first, with 1 on several machines and by the
+# signal on one, and the ranks are killed 30 seconds after the signal. For a step and a checkpoint that take longer, and for exit code 75, signal a
+# rank instead, any one on any machine (the same holds for a run under `deepspeed` by hand and for launch/quickstart.sh):
+#
+#   kill -USR1 "$(pgrep -of 'python[0-9.]* -u -m mftcoder_coba')"
+#
+# SIGTERM to this script alone ends the script and not the run.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 

@@ -1,4 +1,5 @@
-"""The command line: it parses, calls, and turns errors into messages and exit codes (0 success, 2 the user's mistake, 1 a failure)."""
+"""The command line: it parses, calls, and turns errors into messages and exit codes: 0 success, 2 the user's mistake,
+75 a run that stopped on a signal, 1 a failure."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mftcoder_coba.errors import RunFailure, UserError
+from mftcoder_coba.caches import cache_folder, keep_libraries_in
+from mftcoder_coba.errors import Interrupted, RunFailure, UserError
 
 if TYPE_CHECKING:
     from mftcoder_coba.config import Config
@@ -30,21 +32,26 @@ Overrides = Annotated[list[str], typer.Option("--set", help="override a key, e.g
 def train(
     config: ConfigFile,
     overrides: Overrides = [],  # noqa: B006 typer reads it, nobody changes it
+    allow_config_change: Annotated[
+        bool, typer.Option("--allow-config-change", help="go on from a checkpoint although the config now makes another run of it")
+    ] = False,
 ) -> None:
-    """Train; start it with the deepspeed launcher for several processes."""
+    """Train, or go on; start it with the deepspeed launcher for several processes."""
     from mftcoder_coba.config import load_config
 
     loaded = load_config(config, overrides)
+    keep_libraries_in(cache_folder(loaded.data.cache_dir))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from mftcoder_coba.training import train as run_training
 
-    run_dir = run_training(loaded, sys.argv)
+    run_dir = run_training(loaded, sys.argv, allow_config_change)
     if run_dir:
         from mftcoder_coba.reporting import print_final_table
         from mftcoder_coba.reporting.report import build_report
 
-        page = build_report(run_dir)
-        print_final_table(run_dir, {"adapter" if loaded.adapter else "model": run_dir / "export", "report": page})
+        # Without any finite validation there is no best model.
+        exported = {"adapter" if loaded.adapter else "model": run_dir / "export"} if (run_dir / "export").is_dir() else {}
+        print_final_table(run_dir, exported | {"report": build_report(run_dir)})
 
 
 @app.command()
@@ -52,7 +59,9 @@ def prepare(config: ConfigFile, overrides: Overrides = []) -> None:  # noqa: B00
     """Read and tokenise the data into the cache, and show what becomes of every sample."""
     from mftcoder_coba.config import load_config
 
-    _prepared(load_config(config, overrides))
+    loaded = load_config(config, overrides)
+    keep_libraries_in(cache_folder(loaded.data.cache_dir))
+    _prepared(loaded)
 
 
 @app.command()
@@ -65,6 +74,7 @@ def plan(
     from mftcoder_coba.config import load_config
 
     loaded = load_config(config, overrides)
+    keep_libraries_in(cache_folder(loaded.data.cache_dir))
     from mftcoder_coba import planning
     from mftcoder_coba.balancing import resolve
 
@@ -101,6 +111,7 @@ def replay(
     out: Annotated[Path | None, typer.Option(help="folder for weights.csv and figures; else RUN/replay, or beside the CSV")] = None,
 ) -> None:
     """Show the weights that balancers would have chosen for recorded validation losses, without training."""
+    keep_libraries_in(cache_folder(None))
     from mftcoder_coba.replaying import replay as run_replay
 
     print("\n".join(run_replay(source, balancers, settings, sweeps, coverage, out)))
@@ -125,6 +136,9 @@ def compare(
     keep_models: Annotated[bool, typer.Option("--keep-models", help="keep the best model of each run")] = False,
 ) -> None:
     """Train with several balancers and seeds, all else being equal, and write tables and figures."""
+    from mftcoder_coba.config import load_config
+
+    keep_libraries_in(cache_folder(load_config(config, overrides).data.cache_dir))
     from mftcoder_coba.comparing import compare as run_comparison
 
     run_comparison(config, out, methods, plan, seeds, overrides, launcher, keep_models)
@@ -136,6 +150,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="folder for report.html and its figures; needed for several runs; else RUN/report")] = None,
 ) -> None:
     """Build report.html and its figures from one run folder, or from several side by side."""
+    keep_libraries_in(cache_folder(None))
     from mftcoder_coba.reporting.report import build_report
 
     print(build_report(*runs, out=out))
@@ -147,7 +162,7 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank=")]
     try:
         app(args=arguments)
-    except (UserError, RunFailure) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+    except (UserError, RunFailure, Interrupted) as error:
+        if int(os.environ.get("RANK", 0)) == getattr(error, "told_by", 0):
+            print(error if isinstance(error, Interrupted) else f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)

@@ -1,8 +1,9 @@
 """Messages for people.
 
 A `UserError` is a mistake that the person at the keyboard can mend: exit code 2. A `RunFailure` is a run that cannot go on
-through no fault of its config: exit code 1. The command line prints both without a traceback. Everything else that is raised
-is a defect of this program and keeps its traceback.
+through no fault of its config: exit code 1. `Interrupted` is a run that stopped when it was told to: exit code 75. The command line
+prints them without a traceback. Everything else that is raised is a
+defect of this program and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -38,10 +39,17 @@ class UserError(Exception):
         return type(self), (self.what, self.where, self.fix)
 
 
+class Interrupted(Exception):
+    """A run that was asked to stop by a signal, and has saved what a later start goes on from."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: "try again later"; launch/slurm.sbatch requeues on it
+
+
 class RunFailure(RuntimeError):
     """A run that cannot go on. The message says what happened, what is saved where, and what to look at."""
 
     exit_code = 1
+    told_by = 0  # the rank that prints it
 
 
 def suggestion(name: str, allowed: Iterable[str]) -> str:

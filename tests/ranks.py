@@ -13,8 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,43 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+class Started:
+    """Ranks that run: to be signalled, killed, waited for."""
+
+    def __init__(self, processes: list, arguments: tuple, outputs: list[list]):
+        self.processes, self._arguments, self._outputs = processes, arguments, outputs
+
+    def signal(self, number: int, *ranks: int) -> None:
+        """To those ranks; without any to all that live."""
+        for rank in ranks or range(len(self.processes)):
+            if self.processes[rank].exitcode is None:
+                os.kill(self.processes[rank].pid, number)
+
+    @property
+    def running(self) -> bool:
+        return any(process.exitcode is None for process in self.processes)
+
+    def wait(self, timeout: float = 900) -> list[subprocess.CompletedProcess]:
+        """Until all have ended; each rank's exit code (-N: killed by signal N) and output."""
+        _wait(self.processes, timeout)
+        texts = [[Path(file.name).read_text(encoding="utf-8") for file in pair] for pair in self._outputs]
+        return [subprocess.CompletedProcess(self._arguments, process.exitcode, *pair) for process, pair in zip(self.processes, texts, strict=True)]
+
+
+@contextmanager
+def started_command(processes: int, arguments: tuple[str, ...], cwd: Path = ROOT) -> Iterator[Started]:
+    """`mftcoder_coba ARGUMENTS` on that many ranks, running; what still lives at the end is killed."""
+    with _started(processes, cwd, _command, arguments) as started:
+        yield started
+
+
 def _on_ranks(world_size: int, cwd: Path, timeout: float, target: Callable, arguments: tuple) -> list[subprocess.CompletedProcess]:
+    with _started(world_size, cwd, target, arguments) as started:
+        return started.wait(timeout)
+
+
+@contextmanager
+def _started(world_size: int, cwd: Path, target: Callable, arguments: tuple) -> Iterator[Started]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with mock.patch.dict(os.environ, ENVIRONMENT):
@@ -90,9 +126,12 @@ def _on_ranks(world_size: int, cwd: Path, timeout: float, target: Callable, argu
             processes.append(context.Process(target=_begin, args=(environment, str(cwd), out.name, err.name, target, arguments)))
         for process in processes:
             process.start()
-        _wait(processes, timeout)
-        texts = [[file.read() for file in pair] for pair in outputs]
-    return [subprocess.CompletedProcess(arguments, process.exitcode, *pair) for process, pair in zip(processes, texts, strict=True)]
+        try:
+            yield Started(processes, arguments, outputs)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
 
 
 def _wait(processes: list, timeout: float) -> None:

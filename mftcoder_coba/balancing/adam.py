@@ -6,6 +6,8 @@ from __future__ import annotations
 import numpy as np
 
 BETA_MEAN, BETA_SQUARE, EPSILON = 0.9, 0.999, 1e-8
+LARGEST_GRADIENT = 1e150  # its square is a float64
+LARGEST_VALUE = 1e100  # so that sums and differences of values are, whatever rate and decay are
 
 
 def adam_state(count: int) -> dict[str, np.ndarray]:
@@ -25,12 +27,14 @@ def adam_step(
         epsilon: the size of gradient below which steps shrink.
     """
     there = ~np.isnan(gradient)
-    full = gradient + decay * values
+    with np.errstate(over="ignore"):
+        full = np.clip(gradient + decay * values, -LARGEST_GRADIENT, LARGEST_GRADIENT)
     updates = state["updates"] + 1
     mean = BETA_MEAN * state["gradient_mean"] + (1 - BETA_MEAN) * full
     square = BETA_SQUARE * state["gradient_square"] + (1 - BETA_SQUARE) * full * full
     root = np.sqrt(square / (1 - BETA_SQUARE**updates))
-    moved = values - rate * (mean / (1 - BETA_MEAN**updates)) / (root + epsilon)
+    with np.errstate(over="ignore"):
+        moved = np.clip(values - rate * (mean / (1 - BETA_MEAN**updates)) / (root + epsilon), -LARGEST_VALUE, LARGEST_VALUE)
     for name, new in (("updates", updates), ("gradient_mean", mean), ("gradient_square", square)):
         state[name] = np.where(there, new, state[name])
     return np.where(there, moved, values)

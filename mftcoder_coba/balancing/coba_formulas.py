@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mftcoder_coba.balancing.base import softmax
+from mftcoder_coba.balancing.base import LARGEST_LOSS, softmax
 
 
 def ols_slopes(steps: np.ndarray, ratios: np.ndarray) -> np.ndarray:
@@ -66,7 +66,13 @@ def absolute_scores(slopes: np.ndarray) -> np.ndarray:
 def divergence_factor(worst: np.ndarray, tau: float) -> float:
     """DF: [m] a_max of the observations that count, that of t at the end -> a number from 0 to 1."""
     count = len(worst)
-    return min(count * float(softmax(-tau * count * quotient(worst, np.abs(worst).sum()))[-1]), 1.0)
+    return min(count * share_of_last(worst, tau), 1.0)
+
+
+def share_of_last(worst: np.ndarray, tau: float) -> float:
+    """The softmax in DF at j = t: [m] -> a number from 0 to 1."""
+    strength = min(tau * len(worst), LARGEST_LOSS)  # whatever tau is
+    return float(softmax(-strength * quotient(worst, np.abs(worst).sum()))[-1])
 
 
 def quotient(above: np.ndarray, below: np.ndarray) -> np.ndarray:

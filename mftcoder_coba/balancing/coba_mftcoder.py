@@ -21,7 +21,7 @@ from __future__ import annotations
 import numpy as np
 
 from mftcoder_coba.balancing.base import softmax
-from mftcoder_coba.balancing.coba_formulas import ols_slopes, quotient
+from mftcoder_coba.balancing.coba_formulas import ols_slopes, share_of_last
 
 
 def fitted_part(t: int, window: int, interval: int) -> slice:
@@ -45,8 +45,7 @@ def gapless_slopes(ratios: np.ndarray) -> tuple[np.ndarray, float]:
 
 def unclipped_factor(worst: np.ndarray, tau: float) -> float:
     """DF: [m] slopes of the largest ratio from t = W on -> a number of 0 or more."""
-    count = len(worst)
-    return count * float(softmax(-tau * count * quotient(worst, np.abs(worst).sum()))[-1])
+    return len(worst) * share_of_last(worst, tau)
 
 
 def balanced_and_floored(blend: np.ndarray) -> np.ndarray:

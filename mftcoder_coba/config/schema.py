@@ -23,6 +23,9 @@ class RunConfig(Section):
     dir: str = Field("runs", description="where run folders live")
     seed: int = Field(1234, ge=0, lt=2**32, description="of initial adapter values, dropout, the data order and the validation stream")
     data_order_seed: int | None = Field(None, ge=0, lt=2**32, description="of the data order alone; null: `seed`")
+    hang_timeout_minutes: Annotated[float, Field(gt=0)] = Field(
+        30.0, description="the run ends when no rank has got on for so long; longer than a step, a checkpoint or a validation batch ever takes"
+    )
 
     @property
     def order_seed(self) -> int:

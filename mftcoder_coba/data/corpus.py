@@ -15,13 +15,14 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
+from mftcoder_coba.caches import cache_folder
 from mftcoder_coba.config import DataConfig, TaskConfig
 from mftcoder_coba.data.accounting import SplitAccounting
 from mftcoder_coba.data.digests import FileDigest, digest_of
@@ -46,6 +47,8 @@ class Corpus:
         accounting: task -> split -> figures; only splits that have files.
         template_name: the template used, "auto" resolved.
         pad_token_id: what fills rows; never supervised.
+        fingerprints: task -> split -> {"key", "samples"} of what is trained and validated on, as plain values: equal keys mean the same
+            samples in the same order. A setting that nothing came of is not in the key.
     """
 
     tasks: tuple[str, ...]
@@ -53,15 +56,22 @@ class Corpus:
     accounting: dict[str, dict[str, SplitAccounting]]
     template_name: str
     pad_token_id: int
+    fingerprints: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where a source's tokens are, or will be."""
+    """Where a source's tokens are, or will be.
+
+    Attributes:
+        digests: of its files, as they were when the folder was named.
+        decides: all that decides what is in it beside the recipe, as plain values.
+    """
 
     folder: Path
     source: Source
-    digests: list[FileDigest]  # of its files, as they were when the folder was named
+    digests: list[FileDigest]
+    decides: list[Any]
 
 
 def prepare(config: DataConfig, tokenizer_path: str, trust_remote_code: bool = False, workers: int | None = None, progress: bool = True) -> Corpus:
@@ -93,6 +103,7 @@ def prepare(config: DataConfig, tokenizer_path: str, trust_remote_code: bool = F
         tasks=names,
         splits={split: [data[name, split][0] if (name, split) in data else TaskData.from_samples([]) for name in names] for split in SPLITS},
         accounting=accounting,
+        fingerprints=_fingerprints(entries, accounting),
         template_name=template.name,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
@@ -122,12 +133,31 @@ def _entry(source: Source, tokens_from: list[Any], cache: Path) -> _Entry:
     """The folder's name is the SHA-256 of the files' content and of all that decides what becomes of it."""
     digests = [digest_of(file, cache / "digests") for file in source.files]
     contents = [[file.suffix, digest.sha256] for file, digest in zip(source.files, digests, strict=True)]
-    key = hashlib.sha256(json.dumps([tokens_from, asdict(source.recipe), contents]).encode()).hexdigest()
-    return _Entry(cache / "corpus" / key, source, digests)
+    key = _sha256([tokens_from, asdict(source.recipe), contents])
+    return _Entry(cache / "corpus" / key, source, digests, [tokens_from, contents])
+
+
+def _sha256(tree: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(tree).encode()).hexdigest()
+
+
+def _fingerprints(entries: list[_Entry], accounting: dict[str, dict[str, SplitAccounting]]) -> dict[str, dict[str, dict[str, Any]]]:
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for entry in entries:
+        source = entry.source
+        if source.split == "test":
+            continue
+        figures = accounting[source.task][source.split]
+        recipe = asdict(source.recipe)
+        del recipe["on_error"]  # "stop" has an entry only where no line is skipped, and then it is that of "skip"
+        if not (figures.too_long.samples or figures.truncated.samples or figures.split_samples):
+            del recipe["too_long"]
+        found.setdefault(source.task, {})[source.split] = {"key": _sha256([entry.decides, recipe]), "samples": figures.used.samples}
+    return found
 
 
 def _cache_folder(config: DataConfig) -> Path:
-    root = Path(config.cache_dir) if config.cache_dir else Path.home() / ".cache" / "mftcoder_coba"
+    root = cache_folder(config.cache_dir)
     try:
         for name in ("corpus", "digests"):
             (root / name).mkdir(parents=True, exist_ok=True)

@@ -32,11 +32,14 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     """A Hugging Face folder or hub id -> its tokenizer.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it needs code of its own that was not allowed.
     """
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            what = "this tokenizer comes with Python code of its own, which is not run unless you allow it"
+            raise UserError(what, f"model.path = {path}", "read that code, then set model.trust_remote_code = true") from None
         reason = str(error).strip().splitlines()
         raise UserError(f"no tokenizer can be loaded: {reason[0] if reason else type(error).__name__}", f"model.path = {path}") from None
 

@@ -35,6 +35,11 @@ def build_deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         # Stages 1 and 2 look for non-finite bfloat16 gradients only when told to. One must never reach the optimizer.
         _decide(result, "bf16.check_grad_overflow", True, "the rule that non-finite gradients never reach the optimizer")
     zero = result.setdefault("zero_optimization", {"stage": 0})
+    for key in ("offload_optimizer", "offload_param"):
+        if zero.get(key, {}).get("device") == "nvme":
+            raise UserError(
+                'is "nvme", where a checkpoint cannot save what is swapped out', f"deepspeed.zero_optimization.{key}.device", 'use "cpu" or "none"'
+            )
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
         # torch's AdamW steps offloaded states as well; DeepSpeed's own CPU Adam must be compiled on the machine.
         result.setdefault("zero_force_ds_cpu_optimizer", False)

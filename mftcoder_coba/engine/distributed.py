@@ -6,10 +6,16 @@ import logging
 import os
 import socket
 import warnings
+from datetime import timedelta
+from typing import Any
 
 import torch
 
+from mftcoder_coba.engine.watch import Watch
 from mftcoder_coba.errors import UserError
+
+# That a collective waits longer than the watch: it is the watch that knows which rank hangs.
+WATCH_FIRST_SECONDS = 300.0
 
 
 def launched_world_size() -> int:
@@ -23,9 +29,13 @@ def launched_local_rank() -> int:
 
 
 class Processes:
-    """This process among the run's processes. Starts the process group, also for a single process without a launcher."""
+    """This process among the run's processes. Starts the process group, also for a single process without a launcher.
 
-    def __init__(self) -> None:
+    Args:
+        hang_timeout_seconds: what `watch.start` will be given; collectives wait longer.
+    """
+
+    def __init__(self, hang_timeout_seconds: float = 1800.0) -> None:
         self.rank = int(os.environ.get("RANK", 0))
         self.local_rank = launched_local_rank()
         self.world_size = launched_world_size()
@@ -49,9 +59,12 @@ class Processes:
             get_accelerator().set_device(self.local_rank)
         else:
             # DeepSpeed's collectives in shared memory are compiled at first use, which takes a compiler and a minute, and leave
-            # 66 MiB of each process in /dev/shm. Gloo does their work.
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), verbose=False)
+            # 66 MiB of each process in /dev/shm. Gloo does their work. Nothing else looks here, and finding out which
+            # operators could be compiled takes longer than the rest of the start.
+            deepspeed.ops.__compatible_ops__ = {}
+        timeout = timedelta(seconds=hang_timeout_seconds + WATCH_FIRST_SECONDS)
+        deepspeed.init_distributed(dist_backend=get_accelerator().communication_backend_name(), timeout=timeout, verbose=False)
+        self.watch = Watch(self.rank, self.world_size, self.gather_objects)
 
     @property
     def is_main(self) -> bool:
@@ -75,7 +88,14 @@ class Processes:
         """True on every rank if it is true on one."""
         return self.all_reduce_sum(torch.tensor([float(flag)], dtype=torch.float64, device=self.device)).item() > 0
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Each rank's value, in order of ranks, on every rank. For small plain values, at rare moments."""
+        values: list[Any] = [None] * self.world_size
+        torch.distributed.all_gather_object(values, value)
+        return values
+
     def close(self) -> None:
+        self.watch.stop()
         torch.distributed.destroy_process_group()
 
     def _quieten(self) -> None:

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from mftcoder_coba.config import TrainingConfig
 from mftcoder_coba.engine.distributed import Processes
-
-ENGINE_FOLDER = "engine"
+from mftcoder_coba.engine.fragments import layout_of, update_working_weights
+from mftcoder_coba.engine.states import read_states, write_states
+from mftcoder_coba.engine.tensor_files import FileDigest
+from mftcoder_coba.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Engine:
         module: whose forward returns (loss, ...); its parameters that require gradients are trained.
         deepspeed_config: from `build_deepspeed_config`.
         training: optimizer settings.
-        trainable_only: checkpoints leave frozen parameters out.
+        trainable_only: `gather_state` leaves frozen parameters out.
         external_parameters: (module, parameters) pairs: parameters that a module uses but another module owns.
     """
 
@@ -74,12 +76,17 @@ class Engine:
                     deepspeed.zero.register_external_parameter(user, parameter)
         # The rate is set at each step. Until then it is 0: DeepSpeed's bfloat16 optimizer of stage 0 takes a step with zero
         # gradients to allocate its states, which must not decay the weights nor count in Adam's bias correction.
+        # Stage 0 in float32 is plain torch inside DeepSpeed, which looks at nothing before it steps, and cannot clip what was taken away.
+        self._step_is_ours = self.zero_stage == 0 and not deepspeed_config["bf16"]["enabled"]
+        self._clipping = deepspeed_config["gradient_clipping"]
+        if self._step_is_ours:
+            deepspeed_config = deepspeed_config | {"gradient_clipping": 0.0}
         optimizer = torch.optim.AdamW(_parameter_groups(module, training.weight_decay), lr=0.0, betas=tuple(training.betas), fused=True)
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=deepspeed_config, dist_init_required=False)
         self._engine.train()  # transformers hands out models in evaluation mode, without dropout and gradient checkpointing
         if self.zero_stage == 0:
             optimizer.state.clear()
-        self._finite_check_is_ours = self.zero_stage == 0 and not self._engine.bfloat16_enabled()
+        self._layout = layout_of(self._engine.optimizer, self._engine.module)
 
     @property
     def module(self) -> nn.Module:
@@ -104,7 +111,7 @@ class Engine:
         """Clips, and applies AdamW with `learning_rate`, unless the gradient norm is not finite: then nothing changes."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self._finite_check_is_ours:
+        if self._step_is_ours:
             return self._step_without_zero()
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
@@ -112,14 +119,15 @@ class Engine:
         return StepResult(norm, skipped)
 
     def _step_without_zero(self) -> StepResult:
-        """Stage 0 in float32 is plain torch inside DeepSpeed, which looks at nothing before it steps."""
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients).item()
-        skipped = not torch.isfinite(torch.tensor(norm)).item()
+        with_gradient = [p for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in with_gradient])
+        skipped = not torch.isfinite(norm).item()
         if skipped:
             self._engine.zero_grad()  # AdamW leaves parameters without a gradient alone
+        elif self._clipping > 0:
+            torch.nn.utils.clip_grads_with_norm_(with_gradient, self._clipping, norm)
         self._engine.step()
-        return StepResult(norm, skipped)
+        return StepResult(norm.item(), skipped)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -135,15 +143,38 @@ class Engine:
         """Within it, these parameters are whole on every rank, also under ZeRO-3. To be entered and left on all ranks."""
         return deepspeed.zero.GatheredParameters(parameters, enabled=self.zero_stage == 3)
 
-    def save(self, folder: Path) -> None:
-        """Every rank writes its part of model and optimizer into `folder`, which is visible to all ranks."""
-        self._engine.save_checkpoint(str(folder), tag=ENGINE_FOLDER, save_latest=False, exclude_frozen_parameters=self.trainable_only)
+    def save(self, folder: Path) -> dict[str, FileDigest]:
+        """Writes this rank's part of what is trained into `folder`/states; `folder` exists.
+
+        The files hold float32 parameters and optimizer states by name (layout: `engine/states.py`), no matter on how many ranks and in
+        which ZeRO stage. Working weights in bfloat16 are left out, which are the parameters' rounding; so are frozen parameters and
+        buffers, which come from the base model. Not collective: a rank that fails leaves no other one waiting.
+
+        Returns:
+            this rank's files, on the disk, by path relative to `folder`.
+
+        Raises:
+            OSError: a file could not be written whole.
+        """
+        return write_states(folder, self._layout, self.processes.rank, self.processes.world_size)
 
     def load(self, folder: Path) -> None:
-        """Reads what `save` wrote, on the same number of ranks and the same ZeRO stage."""
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag=ENGINE_FOLDER, load_module_strict=not self.trainable_only)
-        if loaded is None:
-            raise RuntimeError(f"DeepSpeed found no checkpoint in {folder}")
+        """Goes to the state that `save` wrote on any number of ranks and in any ZeRO stage. Collective.
+
+        Raises:
+            UserError: the checkpoint is damaged, or holds other parameters than this engine trains. The same on every rank.
+        """
+        error = None
+        try:
+            read_states(folder, self._layout)
+        except UserError as found:
+            error = found
+        except OSError as found:
+            error = UserError(f"rank {self.processes.rank} cannot read the checkpoint: {found}", str(folder))
+        errors = [found for found in self.processes.gather_objects(error) if found is not None]
+        if errors:
+            raise errors[0]
+        update_working_weights(self._engine.optimizer)
 
     def gather_state(self, model: nn.Module) -> dict[str, Tensor]:
         """Full tensors of `model` (a part of `module`) on the CPU of rank 0, by name; empty elsewhere. With an adapter: the trainable ones.

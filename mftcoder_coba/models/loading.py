@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import json
+import pickle
+import shlex
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from mftcoder_coba.config import ModelConfig
 from mftcoder_coba.errors import UserError
 from mftcoder_coba.models.quantisation import prepare_layers, quantised_loading
+
+# Weights in these files are pickles: reading one can run any code.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+# Reads with torch's restricted unpickler, writes safetensors; called with the old folder and the new one.
+CONVERSION = (
+    "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; "
+    "[c.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2]) for c in (M, T)]"
+)
+TENSORS_TOLD = 3
 
 
 def load_model(config: ModelConfig, attention: str, quantise_on: torch.device | None = None) -> nn.Module:
@@ -22,31 +37,75 @@ def load_model(config: ModelConfig, attention: str, quantise_on: torch.device | 
         quantise_on: linear layers are quantised to 4 bits on this device, where the whole model then is; None: they are not.
 
     Raises:
-        UserError: the model cannot be found or read, needs code of its own that was not allowed, or is quantised already.
+        UserError: the model cannot be found or read, its weights are pickles or do not fill it, it needs code of its own that was not
+            allowed, or it is quantised already.
     """
     where = f"model.path = {config.path}"
     dtype = getattr(torch, config.dtype)
+    _check_folder(Path(config.path), where)
     try:
         architecture = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
         _check_not_quantised(architecture, where)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             config.path,
             config=architecture,
             dtype=dtype,
             attn_implementation=attention,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,  # no pickle is loaded from a model folder
+            weights_only=True,  # nor any code, where a hub id's index names a pickle for all that
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with their names
             **(quantised_loading(dtype, quantise_on) if quantise_on else {}),
         )
-        if quantise_on:
-            prepare_layers(model)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError, StrictDataclassError, pickle.UnpicklingError) as error:
         raise _explain(error, config, where) from error
+    _check_filled(found, where)
+    if quantise_on:
+        prepare_layers(model)
     model.config.use_cache = False
     if config.gradient_checkpointing:
         # The re-entrant kind needs inputs that require gradients and loses RNG details; it is on its way out in torch.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _check_folder(folder: Path, where: str) -> None:
+    """Raises UserError for a folder whose weights would be read from anything but safetensors files in it. A hub id is no folder."""
+    if not folder.is_dir():
+        return
+    if (folder / "adapter_config.json").is_file():
+        what = "the folder holds an adapter (adapter_config.json), which may name another model as its base"
+        raise UserError(what, where, "give the base model, or merge the adapter into it first")
+    weights = [path.name for path in folder.iterdir() if path.suffix == ".safetensors"]
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles and not weights:
+        what = f"the weights are pickles ({', '.join(pickles[:TENSORS_TOLD])}), which can run any code when they are read; only safetensors are"
+        old, new = shlex.quote(str(folder)), shlex.quote(f"{folder}-safetensors")
+        raise UserError(what, where, f"convert the folder, if you trust it, and name the new one: python -c {shlex.quote(CONVERSION)} {old} {new}")
+    index = folder / "model.safetensors.index.json"
+    try:
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else []
+        strangers = sorted({name for name in named if PurePosixPath(name).name != name or not name.endswith(".safetensors")})
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise UserError("is no index of weights", str(index), "fetch the model again") from None
+    if strangers:
+        raise UserError(f"the index names {strangers[0]}, which is no safetensors file of this folder", str(index), "fetch the model again")
+
+
+def _check_filled(found: dict[str, Any], where: str) -> None:
+    """`found`: transformers' loading info. Raises UserError for parameters that no file had, which are random now."""
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise UserError(f"the weights hold nothing for {_told(missing)}", where, "fetch the model again; config.json may be of another model")
+    other = [f"{name}: {list(stored)} in the file, {list(needed)} in the model" for name, stored, needed in sorted(found["mismatched_keys"])]
+    if other:
+        raise UserError(f"config.json does not fit the weights: {_told(other, '; ')}", where, "fetch the model again")
+
+
+def _told(items: list[str], separator: str = ", ") -> str:
+    more = f"{separator}and {len(items) - TENSORS_TOLD} more" if len(items) > TENSORS_TOLD else ""
+    return separator.join(items[:TENSORS_TOLD]) + more
 
 
 def _check_not_quantised(architecture: PretrainedConfig, where: str) -> None:
@@ -73,4 +132,7 @@ def _explain(error: Exception, config: ModelConfig, where: str) -> UserError:
         return UserError("no such folder", where)
     if folder.is_absolute() and not (folder / "config.json").is_file():
         return UserError("is not a Hugging Face model folder: it has no config.json", where)
-    return UserError(f"the model cannot be loaded: {text}", where, "give a Hugging Face folder with safetensors weights, or a hub id")
+    if isinstance(error, SafetensorError):
+        return UserError(f"a weights file is damaged, or no safetensors file: {text}", where, "fetch the model again")
+    fix = "give a Hugging Face folder with safetensors weights, or a hub id of such; pickles (pytorch_model.bin) are not read"
+    return UserError(f"the model cannot be loaded: {text}", where, fix)

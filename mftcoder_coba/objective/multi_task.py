@@ -68,7 +68,7 @@ class MultiTaskObjective(nn.Module):
         """Compares the losses computed here with those from the model's own logits, on a few tokens [1, length].
 
         Raises:
-            UserError: they differ, so this model does something after its output layer that we do not know.
+            UserError: they are not finite; or they differ, so this model does something after its output layer that we do not know.
         """
         training = self.model.training
         self.model.eval()
@@ -79,6 +79,9 @@ class MultiTaskObjective(nn.Module):
         logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits[0, :-1].float()
         expected = nn.functional.cross_entropy(logits, labels, reduction="sum").double()
         self.model.train(training)
+        if not torch.isfinite(expected):
+            what = f"the model's loss on the first training sample is {expected.item():g}"
+            raise UserError(what, "model.path", "look for damaged weights (NaN or infinite numbers), or try another model.dtype")
         if not torch.isclose(sums.sum(), expected, rtol=2e-2 if hidden.dtype == torch.bfloat16 else 1e-4):
             ours, theirs = sums.sum().item() / len(labels), expected.item() / len(labels)
             raise UserError(

@@ -82,6 +82,13 @@ def check_data(config: Config, corpus: Corpus) -> None:
             "data.tasks[].valid",
             'name `valid` files, or raise data.valid_fraction; for samples that are too long, data.too_long = "truncate"',
         )
+    criterion = config.validation.early_stopping.criterion
+    if criterion.startswith("task:") and criterion[5:] in without:
+        raise UserError(
+            f"the best step is to be that of the task {criterion[5:]}, which has no validation data",
+            "validation.early_stopping.criterion",
+            "name `valid` files of this task, or choose another criterion",
+        )
 
 
 def check_signals(config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -12,7 +13,10 @@ from filelock import FileLock, Timeout
 from mftcoder_coba.config import Config
 from mftcoder_coba.engine import Processes
 from mftcoder_coba.errors import UserError
+from mftcoder_coba.models import recover_export
 from mftcoder_coba.training.stopping import BestStep
+
+PROBE_BYTES = 1 << 16  # more than all that is written before the first step
 
 
 class RunFolder:
@@ -25,44 +29,69 @@ class RunFolder:
         self.resume = config.checkpoint.resume
 
     def claim(self, processes: Processes, resuming: bool) -> None:
-        """Makes the folder and proves that it can be written, before the model is loaded.
+        """Makes the folder, proves that it can be written, before the model is loaded, and puts right what a killed run left in it.
 
         Raises:
             UserError: it cannot be written, or it holds another run that would be overwritten.
         """
-        problem = ""
-        if processes.is_main:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                probe = self.path / ".writable"
-                probe.write_text("")
-                probe.unlink()
-            except OSError as error:
-                problem = f"the run folder cannot be written: {error.strerror}"
-            if not problem:
-                problem = self._lock()
-            if not problem and not resuming and self.resume == "never" and (self.path / "metrics.jsonl").exists():
-                problem = 'the run folder already holds a run, and checkpoint.resume is "never"'
+        problem = self._problem(resuming) if processes.is_main else ""
         if processes.any(bool(problem)):
             raise UserError(
-                problem or "the run folder cannot be used", str(self.path), 'choose another run.name or run.dir, or let checkpoint.resume be "auto"'
+                problem or "the run folder cannot be used",
+                str(self.path),
+                'choose another run.name or run.dir, make room there, or let checkpoint.resume be "auto"',
             )
 
-    def _lock(self) -> str:
-        """Keeps other runs out until this process ends, however it ends; else tells why not."""
-        self._held = FileLock(self.path / ".lock")
+    def _problem(self, resuming: bool) -> str:
+        """Why the folder cannot be had, or nothing."""
         try:
+            _prove_writable(self.path)
+            self._held = FileLock(self.path / ".lock")  # keeps other runs out until this process ends, however it ends
             self._held.acquire(blocking=False)
+            if not resuming and self.resume == "never" and (self.path / "metrics.jsonl").exists():
+                return 'the run folder already holds a run, and checkpoint.resume is "never"'
+            _prove_writable(self.checkpoints)
+            recover_export(self.export)
         except Timeout:
             return "another run is writing to this run folder"
+        except OSError as error:
+            return f"the run folder cannot be written: {error.strerror or error}: {error.filename or self.path}"
         return ""
 
     def write_json(self, name: str, tree: dict[str, Any]) -> None:
-        """Replaces a file by one rename: a reader never sees half of it."""
-        aside = self.path / f".{name}.new"
-        aside.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(aside, self.path / name)
+        """Replaces a file by one rename: neither a reader nor a crash ever sees half of it.
 
-    def write_best(self, processes: Processes, best: BestStep, ratios: dict[str, float]) -> None:
-        if processes.is_main:
-            self.write_json("best.json", {"step": best.step, "criterion": best.config.criterion, "value": best.value, "values": ratios})
+        Raises:
+            OSError: it cannot be written; the older one is as it was, and nothing else is left.
+        """
+        aside = self.path / f".{name}.new"
+        try:
+            with aside.open("w", encoding="utf-8") as file:
+                file.write(json.dumps(tree, indent=2, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, self.path / name)
+        except OSError:
+            with contextlib.suppress(OSError):
+                aside.unlink()
+            raise
+
+    def write_best(self, best: BestStep, ratios: dict[str, float]) -> None:
+        self.write_json("best.json", {"step": best.step, "criterion": best.config.criterion, "value": best.value, "values": ratios})
+
+
+def _prove_writable(folder: Path) -> None:
+    """Makes the folder, and writes to it.
+
+    Raises:
+        OSError: that is not possible, or there is no room.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / ".writable"
+    try:
+        with probe.open("wb") as file:
+            file.write(bytes(PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        probe.unlink(missing_ok=True)

@@ -83,11 +83,13 @@ def train_step(engine: Engine, balancer: Balancer, micro_batches: list[Batch], l
     task_factors = torch.from_numpy(factors).to(device)
 
     sums = torch.zeros(tasks, dtype=torch.float64, device=device)
-    for batch in micro_batches[:-1]:
+    for number, batch in enumerate(micro_batches[:-1], start=1):
+        processes.watch.mark(f"micro-batch {number} of {len(micro_batches)}")
         loss, part = forward(engine, batch, task_factors)
         sums += part
         engine.backward(loss)
         engine.accumulate()
+    processes.watch.mark(f"micro-batch {len(micro_batches)} of {len(micro_batches)}")
     loss, part = forward(engine, micro_batches[-1], task_factors)
     proof = torch.zeros(processes.world_size, dtype=torch.float64, device=device)
     proof[processes.rank] = _fingerprint(weights)
@@ -97,6 +99,7 @@ def train_step(engine: Engine, balancer: Balancer, micro_batches: list[Batch], l
     finite = torch.isfinite(totals[:tasks]).all()
     engine.backward(loss * torch.where(finite, 1.0, torch.nan).to(loss.dtype))
 
+    processes.watch.mark("optimizer")
     host = totals.cpu().numpy()
     _check_fingerprints(host[tasks:])
     result = engine.step(learning_rate)
@@ -120,7 +123,8 @@ def losses_of(engine: Engine, batches: Iterable[Batch]) -> TaskLosses:
     """
     parts = []
     with torch.no_grad():
-        for batch in batches:
+        for number, batch in enumerate(batches, start=1):
+            engine.processes.watch.mark(f"measuring losses, batch {number}")
             counts = torch.from_numpy(np.stack([batch.denominators, batch.tokens.astype(np.float64)])).to(engine.device)
             parts.append(torch.cat([forward(engine, batch, None)[1][None], counts]))
     sums, denominators, tokens = engine.processes.all_reduce_sum(torch.stack(parts).sum(0)).cpu().numpy()

@@ -18,11 +18,14 @@ class BestStep:
         self.validations_since = 0
 
     def criterion(self, ratios: dict[str, float]) -> float:
-        """The number that is to become small.
+        """The number that is to become small; NaN where a task's ratio is not finite, whichever task the criterion names: a model that one
+        task has broken is no good one.
 
         Args:
-            ratios: per task, validation loss over that before training.
+            ratios: per task with validation data, its loss over that before training.
         """
+        if not all(map(math.isfinite, ratios.values())):
+            return math.nan
         match self.config.criterion.partition(":"):
             case ("mean_ratio", _, _):
                 return sum(ratios.values()) / len(ratios)

@@ -3,41 +3,53 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import math
-import platform
 from typing import Any
 
 import numpy as np
 
+from mftcoder_coba.errors import UserError
 from mftcoder_coba.planning import accounting, step_lines
 from mftcoder_coba.reporting import MetricsWriter, Progress
 from mftcoder_coba.reporting.data_tables import print_data
 from mftcoder_coba.training.assembly import Run
+from mftcoder_coba.training.resuming import Resumed
 from mftcoder_coba.training.run_folder import RunFolder
 from mftcoder_coba.training.step import StepOutcome
-
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "pyarrow", "sentencepiece", "numpy", "flash-attn", "bitsandbytes")
+from mftcoder_coba.training.versions import versions
 
 
 class Tracker:
     """Turns outcomes into the records of the run folder."""
 
-    def __init__(self, run: Run, folder: RunFolder, command: list[str], resume_step: int | None):
+    def __init__(self, run: Run, folder: RunFolder, command: list[str], resumed: Resumed | None):
         self.tasks, self.run = run.corpus.tasks, run
         self.seen_absent: set[str] = set()
+        self.seen_not_finite: set[str] = set()
         self.writer: MetricsWriter | None = None
         if not run.processes.is_main:
             return
         tracking = run.config.tracking
-        folder.write_json("config.json", run.config.model_dump())
-        folder.write_json("environment.json", environment(run, command))
         data = accounting(run.config, run.corpus, run.schedule)
-        folder.write_json("accounting.json", data)
+        try:
+            folder.write_json("config.json", run.config.model_dump())
+            folder.write_json("environment.json", environment(run, command))
+            folder.write_json("accounting.json", data)
+        except OSError as error:
+            raise UserError(
+                f"the run folder cannot be written: {error.strerror}", str(folder.path), "make room there, or choose another run.dir"
+            ) from None
         print_data(data)
         print("\n".join(overview(run, folder)), flush=True)
         progress = Progress(run.plan.total_steps, list(self.tasks), tracking.log_every_steps)
-        self.writer = MetricsWriter(folder.path, tracking.tensorboard, tracking.wandb, resume_step, also=[progress])
+        self.writer = MetricsWriter(
+            folder.path,
+            tracking.tensorboard,
+            tracking.wandb,
+            resumed and resumed.step,
+            pending=bool(resumed and resumed.state["pending"]),
+            also=[progress],
+        )
 
     def train(self, step: int, outcome: StepOutcome, learning_rate: float, seconds: float) -> None:
         rows = step * self.run.plan.global_batch_rows
@@ -45,9 +57,9 @@ class Tracker:
             "train",
             step,
             epoch=self.run.schedule.epoch_of(rows if self.run.plan.end_row is None else min(rows, self.run.plan.end_row)),
-            loss=outcome.loss,
+            loss=_plain(np.float64(outcome.loss)),
             learning_rate=learning_rate,
-            grad_norm=outcome.grad_norm,
+            grad_norm=_plain(np.float64(outcome.grad_norm)),
             tokens=outcome.total_tokens,
             tokens_per_second=outcome.total_tokens / seconds,
             seconds=seconds,
@@ -74,22 +86,41 @@ class Tracker:
         self._write("balancer", step, seconds=seconds, **record)
 
     def validation(self, step: int, losses: np.ndarray, initial: np.ndarray, tokens: np.ndarray) -> None:
+        """A loss that is not finite is null, and so are the means with it; a task without validation data is not in them."""
+        measured = tokens > 0
+        losses = np.where(np.isfinite(losses), losses, np.nan)
         ratios = losses / initial
-        measured = ~np.isnan(losses)
         self._write(
             "validation",
             step,
-            mean_ratio=float(ratios[measured].mean()),
-            loss=float(losses[measured].mean()),
+            mean_ratio=_plain(ratios[measured].mean()),
+            loss=_plain(losses[measured].mean()),
             tasks=self._by_task(loss=losses, ratio=ratios, perplexity=np.exp(np.minimum(losses, 700.0)), tokens=tokens),
         )
+        for name, loss, known in zip(self.tasks, losses, measured, strict=True):
+            if known and np.isnan(loss) and name not in self.seen_not_finite:
+                self.seen_not_finite.add(name)
+                why = f"the validation loss of {name} is not finite: no best step until it is finite again. Told once; the records show all"
+                self.event(step, "validation_not_finite", why, task=name)
 
     def event(self, step: int, name: str, why: str, **more: Any) -> None:
         self._write("event", step, name=name, why=why, **more)
 
+    def flush(self) -> None:
+        """Records are on the disk then."""
+        if self.writer:
+            self.writer.flush()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen_absent": sorted(self.seen_absent), "seen_not_finite": sorted(self.seen_not_finite)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seen_absent, self.seen_not_finite = set(state["seen_absent"]), set(state["seen_not_finite"])
+
     def close(self) -> None:
         if self.writer:
             self.writer.close()
+            self.writer = None
 
     def _write(self, kind: str, step: int, **values: Any) -> None:
         if self.writer:
@@ -115,7 +146,6 @@ def overview(run: Run, folder: RunFolder) -> list[str]:
 
 def environment(run: Run, command: list[str]) -> dict[str, Any]:
     """Versions, processes and the numbers that follow from config and data."""
-    versions = {"python": platform.python_version(), "mftcoder_coba": _version("mftcoder-coba")} | {name: _version(name) for name in PACKAGES}
     plan = run.plan
     return {
         "command": command,
@@ -130,17 +160,10 @@ def environment(run: Run, command: list[str]) -> dict[str, Any]:
             "warmup_steps": plan.warmup_steps,
             "validation_mini_batches": run.stream.coverage if run.stream else None,
         },
-        "versions": {name: version for name, version in versions.items() if version},
+        "versions": versions(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _plain(value: Any) -> Any:
     number = value.item()
-    return None if isinstance(number, float) and math.isnan(number) else number
+    return None if isinstance(number, float) and not math.isfinite(number) else number

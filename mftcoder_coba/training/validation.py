@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+
+import numpy as np
 
 from mftcoder_coba.data import Batch, Row, TaskData, collate, validation_rows
 from mftcoder_coba.engine import Engine
+from mftcoder_coba.errors import UserError
 from mftcoder_coba.training.step import TaskLosses, losses_of
+
+LOSS_IS_ZERO = "all its answers are certain already: look at its `valid` files, whether they hold answers, and of more than one kind"
+NO_LOSS = "the model gives no finite numbers for it: look for damaged weights, for tokens of no meaning in its `valid` files, and at model.dtype"
 
 
 class Validation:
@@ -51,3 +58,28 @@ class Validation:
                 max_length=self.sequence_length,
                 isolate=self.isolate,
             )
+
+
+def check_initial_losses(tasks: Sequence[str], measured: TaskLosses) -> None:
+    """What every later loss is divided by, whichever balancer is chosen: the early stopping and the report do too.
+
+    Args:
+        measured: the full validation before training. A task without validation data has no loss, and is no mistake.
+
+    Raises:
+        UserError: the loss of a task is 0 or not finite.
+    """
+    bad = {
+        name: float(loss) for name, loss, tokens in zip(tasks, measured.losses, measured.tokens, strict=True) if tokens and not 0 < loss < math.inf
+    }
+    if bad:
+        told = [f"task {name}: the validation loss before training is {loss:g}; {NO_LOSS if loss else LOSS_IS_ZERO}" for name, loss in bad.items()]
+        what = "\n".join([*told, "every later loss is shown and judged as a ratio to this one, which must be a positive number"])
+        raise UserError(what, ", ".join(f"data.tasks, {name}" for name in bad), "mend the data or the model, or take the task out of data.tasks")
+
+
+def ratios_of(tasks: Sequence[str], losses: np.ndarray, initial: np.ndarray) -> dict[str, float]:
+    """Loss over that before training of each task that has validation data. NaN where the loss is not finite: such a task is not left out."""
+    there = ~np.isnan(initial)
+    ratios = np.where(np.isfinite(losses), losses, np.nan) / initial
+    return {name: float(ratio) for name, ratio, known in zip(tasks, ratios, there, strict=True) if known}

@@ -1,5 +1,6 @@
 import json
 import math
+import resource
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mftcoder_coba.errors import UserError
 from mftcoder_coba.reporting import MetricsWriter
-from mftcoder_coba.reporting.metrics import scalars
+from mftcoder_coba.reporting.charts import scalars
 
 
 def train(step: int, **more) -> dict:
@@ -22,6 +23,18 @@ def write(folder: Path, steps: range, resume_step: int | None = None, tensorboar
     with MetricsWriter(folder, tensorboard, None, resume_step) as writer:
         for step in steps:
             writer.write(train(step))
+
+
+@pytest.fixture
+def room():
+    """Lets no file grow beyond so many bytes: writing is refused as on a full disk, after the part that fits. None: no bound."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def set_room(size: int | None) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before[0] if size is None else size, before[1]))
+
+    yield set_room
+    set_room(None)
 
 
 def test_a_record_is_on_disk_before_the_writer_is_closed(tmp_path):
@@ -44,6 +57,104 @@ def test_a_resumed_run_has_each_step_once_and_keeps_the_bytes_before(tmp_path):
     write(tmp_path, range(6, 11), resume_step=5)
     assert [record["step"] for record in lines(tmp_path)] == list(range(1, 11))
     assert (tmp_path / "metrics.jsonl").read_bytes().splitlines()[:5] == before
+
+
+def validation(step: int) -> dict:
+    return {"kind": "validation", "step": step, "loss": 2.0, "mean_ratio": 1.0, "tasks": {}}
+
+
+def event(step: int, name: str) -> dict:
+    return {"kind": "event", "step": step, "name": name, "why": ""}
+
+
+@pytest.mark.parametrize("pending", [False, True])
+def test_a_validation_that_the_resumed_run_does_again_is_cut_with_all_after_it(tmp_path, pending):
+    of_step_2 = [event(2, "absent_task"), train(2), validation(2), event(2, "best")]
+    with MetricsWriter(tmp_path, False, None, None) as writer:
+        for record in [validation(0), train(1), validation(1), *of_step_2, train(3), validation(3)]:
+            writer.write(record)
+    MetricsWriter(tmp_path, False, None, resume_step=2, pending=pending).close()
+    assert lines(tmp_path) == [validation(0), train(1), validation(1), *(of_step_2[:2] if pending else of_step_2)]
+
+
+def test_cutting_needs_no_room(tmp_path, room):
+    write(tmp_path, range(1, 9))
+    room(0)
+    MetricsWriter(tmp_path, False, None, resume_step=5).close()
+    assert [record["step"] for record in lines(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_what_finds_no_room_leaves_no_part_and_is_written_in_order_when_there_is_some(tmp_path, room, capsys):
+    records = [train(step) for step in range(1, 5)]
+    size = len(json.dumps(records[0])) + 1
+    for fits in range(size):  # bytes of the second record
+        folder = tmp_path / str(fits)
+        with MetricsWriter(folder, False, None, None) as writer:
+            writer.write(records[0])
+            room(size + fits)
+            writer.write(records[1])
+            writer.write(records[2])
+            assert (folder / "metrics.jsonl").read_text() == json.dumps(records[0]) + "\n"
+            room(None)
+            writer.write(records[3])
+            assert lines(folder) == records
+        warnings = capsys.readouterr().err
+        assert warnings.count("warning: ") == 1 and str(folder / "metrics.jsonl") in warnings and "wait in memory" in warnings
+
+
+@pytest.mark.parametrize("end", ["flush", "close"])
+def test_flush_and_close_write_what_waits(tmp_path, room, end):
+    writer = MetricsWriter(tmp_path, False, None, None)
+    room(10)
+    writer.write(train(1))
+    room(None)
+    getattr(writer, end)()
+    assert lines(tmp_path) == [train(1)]
+    writer.close()
+
+
+def test_what_never_finds_room_is_counted_at_the_end(tmp_path, room, capsys):
+    writer = MetricsWriter(tmp_path, False, None, None)
+    writer.write(train(1))
+    room(1)
+    for step in (2, 3, 4):
+        writer.write(train(step))
+    writer.close()
+    assert "no room for the last 3 records; they are lost" in capsys.readouterr().err
+    assert lines(tmp_path) == [train(1)]
+
+
+def test_tensorboard_misses_nothing_on_a_disk_that_was_full_for_a_while(tmp_path, room):
+    with MetricsWriter(tmp_path, True, None, None) as writer:
+        for step in range(1, 60):
+            if step in (20, 40):
+                room(700 if step == 20 else None)
+            writer.write(train(step))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("weight/a")] == list(range(1, 60))
+
+
+def test_another_sink_that_cannot_be_written_warns_once_and_ends_nothing(tmp_path, capsys):
+    class ClosedPipe:
+        def write(self, record):
+            raise BrokenPipeError(32, "Broken pipe")
+
+        def close(self):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    with MetricsWriter(tmp_path, False, None, None, also=[ClosedPipe()]) as writer:
+        writer.write(train(1))
+        writer.write(train(2))
+    assert lines(tmp_path) == [train(1), train(2)]
+    assert capsys.readouterr().err.count("Broken pipe") == 1
+
+
+def test_a_folder_that_cannot_be_written_at_the_start_is_a_users_mistake(tmp_path):
+    (tmp_path / "tensorboard").write_text("")
+    with pytest.raises(UserError, match="cannot be written") as error:
+        MetricsWriter(tmp_path, True, None, None)
+    assert error.value.where == str(tmp_path / "tensorboard")
 
 
 @pytest.mark.parametrize("cut", [1, 2, 20])
