@@ -50,8 +50,12 @@ def train(
         from mftcoder_coba.reporting.report import build_report
 
         # Without any finite validation there is no best model.
-        exported = {"adapter" if loaded.adapter else "model": run_dir / "export"} if (run_dir / "export").is_dir() else {}
-        print_final_table(run_dir, exported | {"report": build_report(run_dir)})
+        written = {"adapter" if loaded.adapter else "model": run_dir / "export"} if (run_dir / "export").is_dir() else {}
+        try:
+            written["report"] = build_report(run_dir)
+        except OSError as error:
+            print(f"warning: the report could not be written ({error}); later: python -m mftcoder_coba report {run_dir}", file=sys.stderr)
+        print_final_table(run_dir, written)
 
 
 @app.command()

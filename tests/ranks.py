@@ -79,6 +79,10 @@ class Started:
             if self.processes[rank].exitcode is None:
                 os.kill(self.processes[rank].pid, number)
 
+    def output(self, rank: int) -> str:
+        """What it has written so far, both streams."""
+        return "".join(Path(file.name).read_text(encoding="utf-8") for file in self._outputs[rank])
+
     @property
     def running(self) -> bool:
         return any(process.exitcode is None for process in self.processes)

@@ -81,10 +81,10 @@ def read_states(folder: Path, layout: Layout) -> None:
             fragments = held[id(flat)]
             for fragment in fragments:
                 saved[fragment.name].read(_MASTER, fragment, flat)
-            # One that holds padding only has made the same steps as all.
-            names = [fragment.name for fragment in fragments] or list(saved)
+            # A flat that is cut from many parameters is stepped as one, on every rank.
+            stepped = [saved[fragment.name] for fragment in fragments] if layout.replicated else list(saved.values())
             layout.adam.state.pop(flat, None)
-            if state := _new_state(flat, [saved[name] for name in names]):
+            if state := _new_state(flat, stepped):
                 layout.adam.state[flat] = state
             for fragment in fragments:
                 for kind in saved[fragment.name].kinds - {_MASTER}:
@@ -92,10 +92,10 @@ def read_states(folder: Path, layout: Layout) -> None:
 
 
 def _new_state(flat: Tensor, parameters: list[SavedParameter]) -> dict[str, Tensor]:
-    """Adam's state for a flat of these parameters, filled with zeros; {} before the first step.
+    """Adam's state for a flat that is stepped with these parameters, filled with zeros; {} before the first step.
 
-    Parameters that had no gradient in some step have made fewer steps where each is stepped alone. Within one flat
-    they share one count, as if their gradient had been zero: the largest.
+    In stage 0 in float32 each parameter has a count of its own, which leaves out steps in which it had no gradient. Parameters that
+    are stepped together share the largest count, as if their gradient had been zero in those steps.
     """
     steps = [parameter.step for parameter in parameters if parameter.step is not None]
     if not steps:

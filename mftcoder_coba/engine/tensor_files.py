@@ -57,7 +57,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
             size, block = size + len(data), block + len(data)
             if block >= _BLOCK_BYTES:
                 file.flush()
-                os.fdatasync(file.fileno())
+                os.fsync(file.fileno())
                 last_block.result()
                 last_block, block = hashed, 0
         file.flush()

@@ -5,11 +5,14 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from killing import lines_of, records
+from ranks import started_command
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 from transformers import AutoTokenizer
@@ -17,6 +20,7 @@ from transformers import AutoTokenizer
 from mftcoder_coba.config import Config
 from mftcoder_coba.errors import UserError
 from mftcoder_coba.models import recover_export, write_export
+from mftcoder_coba.training.manifest import problem, read_manifest
 from mftcoder_coba.training.run_folder import PROBE_BYTES, RunFolder
 
 ALONE = SimpleNamespace(is_main=True, any=bool)  # as `Processes` of one rank
@@ -222,3 +226,43 @@ def test_a_start_puts_right_what_a_killed_export_left(write, tmp_path):
     folder.claim(ALONE, resuming=True)
     assert number_in(folder.export) == 1.0
     assert sorted(os.listdir(folder.path)) == [".lock", "checkpoints", "export"]
+
+
+def fill(path: Path) -> None:
+    """Leaves no room on its file system."""
+    with open(path, "ab", buffering=0) as file:
+        try:
+            while file.write(bytes(4096)):
+                pass
+        except OSError:
+            pass
+
+
+def damage(checkpoint: Path) -> list[str]:
+    files = read_manifest(checkpoint).files.items()
+    return [line for line in (problem(checkpoint, name, digest) for name, digest in files) if line]
+
+
+def test_a_disk_that_fills_up_keeps_the_last_checkpoint_and_training_goes_on(toy, disk):
+    """Full from step 3 to 12 of 30; a checkpoint every other step."""
+    run = disk(6144) / "full"
+    filler = run.parent / "filler"
+    changes = ("run.name=full", f"run.dir={run.parent}", "training.max_steps=30", "checkpoint.every_steps=2", "tracking.tensorboard=true")
+    arguments = ("train", "--config", str(toy / "toy.json"), *(part for change in changes for part in ("--set", change)))
+    with started_command(2, arguments) as started:
+        while lines_of(run, '"kind": "train"') < 3 and started.running:
+            time.sleep(0.005)
+        held = (run / "checkpoints" / "latest").resolve()
+        fill(filler)
+        # Records wait in memory: progress shows on the screen only, and in warnings.
+        while "checkpoint_failed" not in started.output(0) and started.running:
+            time.sleep(0.005)
+        intact = damage((run / "checkpoints" / "latest").resolve())
+        filler.unlink()
+        results = started.wait(120)
+    assert [result.returncode for result in results] == [0, 0], results
+    assert held.name.startswith("step-") and intact == []
+    assert [record["step"] for record in records(run, "train")] == list(range(1, 31))
+    failed = [record for record in records(run, "event") if record["name"] == "checkpoint_failed"]
+    assert failed and all("No space left on device" in record["why"] for record in failed)
+    assert (run / "checkpoints" / "latest").resolve().name == "step-000030" and damage(run / "checkpoints" / "step-000030") == []
