@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 import resource
@@ -25,16 +26,15 @@ def write(folder: Path, steps: range, resume_step: int | None = None, tensorboar
             writer.write(train(step))
 
 
-@pytest.fixture
-def room():
-    """Lets no file grow beyond so many bytes: writing is refused as on a full disk, after the part that fits. None: no bound."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def set_room(size: int | None) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (before[0] if size is None else size, before[1]))
-
-    yield set_room
-    set_room(None)
+@contextlib.contextmanager
+def room(size: int):
+    """Lets no file grow beyond so many bytes: writing is refused as on a full disk, after the part that fits."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_record_is_on_disk_before_the_writer_is_closed(tmp_path):
@@ -77,25 +77,24 @@ def test_a_validation_that_the_resumed_run_does_again_is_cut_with_all_after_it(t
     assert lines(tmp_path) == [validation(0), train(1), validation(1), *(of_step_2[:2] if pending else of_step_2)]
 
 
-def test_cutting_needs_no_room(tmp_path, room):
+def test_cutting_needs_no_room(tmp_path):
     write(tmp_path, range(1, 9))
-    room(0)
-    MetricsWriter(tmp_path, False, None, resume_step=5).close()
+    with room(0):
+        MetricsWriter(tmp_path, False, None, resume_step=5).close()
     assert [record["step"] for record in lines(tmp_path)] == [1, 2, 3, 4, 5]
 
 
-def test_what_finds_no_room_leaves_no_part_and_is_written_in_order_when_there_is_some(tmp_path, room, capsys):
+def test_what_finds_no_room_leaves_no_part_and_is_written_in_order_when_there_is_some(tmp_path, capsys):
     records = [train(step) for step in range(1, 5)]
     size = len(json.dumps(records[0])) + 1
     for fits in range(size):  # bytes of the second record
         folder = tmp_path / str(fits)
         with MetricsWriter(folder, False, None, None) as writer:
             writer.write(records[0])
-            room(size + fits)
-            writer.write(records[1])
-            writer.write(records[2])
+            with room(size + fits):
+                writer.write(records[1])
+                writer.write(records[2])
             assert (folder / "metrics.jsonl").read_text() == json.dumps(records[0]) + "\n"
-            room(None)
             writer.write(records[3])
             assert lines(folder) == records
         warnings = capsys.readouterr().err
@@ -103,33 +102,31 @@ def test_what_finds_no_room_leaves_no_part_and_is_written_in_order_when_there_is
 
 
 @pytest.mark.parametrize("end", ["flush", "close"])
-def test_flush_and_close_write_what_waits(tmp_path, room, end):
+def test_flush_and_close_write_what_waits(tmp_path, end):
     writer = MetricsWriter(tmp_path, False, None, None)
-    room(10)
-    writer.write(train(1))
-    room(None)
+    with room(10):
+        writer.write(train(1))
     getattr(writer, end)()
     assert lines(tmp_path) == [train(1)]
     writer.close()
 
 
-def test_what_never_finds_room_is_counted_at_the_end(tmp_path, room, capsys):
+def test_what_never_finds_room_is_counted_at_the_end(tmp_path, capsys):
     writer = MetricsWriter(tmp_path, False, None, None)
     writer.write(train(1))
-    room(1)
-    for step in (2, 3, 4):
-        writer.write(train(step))
-    writer.close()
+    with room(1):
+        for step in (2, 3, 4):
+            writer.write(train(step))
+        writer.close()
     assert "no room for the last 3 records; they are lost" in capsys.readouterr().err
     assert lines(tmp_path) == [train(1)]
 
 
-def test_tensorboard_misses_nothing_on_a_disk_that_was_full_for_a_while(tmp_path, room):
+def test_tensorboard_misses_nothing_on_a_disk_that_was_full_for_a_while(tmp_path):
     with MetricsWriter(tmp_path, True, None, None) as writer:
         for step in range(1, 60):
-            if step in (20, 40):
-                room(700 if step == 20 else None)
-            writer.write(train(step))
+            with room(700) if 20 <= step < 40 else contextlib.nullcontext():
+                writer.write(train(step))
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("weight/a")] == list(range(1, 60))

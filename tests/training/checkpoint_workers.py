@@ -76,6 +76,25 @@ class FakeEngine:
         return {name: manifest.digest_of(content)}
 
 
+def save(folder, step, content=None, processes=None, keep=2, best=None, full=None):
+    processes = processes or Alone()
+    content = content or f"step {step}"
+    return Checkpoints(folder, keep).save(FakeEngine(processes, content, full), step, {"step": step, "content": content}, best)
+
+
+def newest(folder, resume="auto", processes=None):
+    checkpoints = Checkpoints(folder, keep=2)
+    return checkpoints.newest_sound(checkpoints.candidates(resume), processes or Alone())
+
+
+def content_of(checkpoint):
+    return Checkpoints.read_state(checkpoint)["content"]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
 def real_ranks(folder: str) -> None:
     """Saves, with a full disk in between, and looks for the newest sound one. Each rank writes what it saw to `folder`/seen-RANK.json."""
     processes = Processes()

@@ -10,6 +10,7 @@ from toy import tree
 
 from mftcoder_coba.config import validate
 from mftcoder_coba.data import TaskData
+from mftcoder_coba.engine.watch import Watch
 from mftcoder_coba.errors import UserError
 from mftcoder_coba.objective import MultiTaskObjective
 from mftcoder_coba.training.assembly import check_signals
@@ -35,6 +36,7 @@ COSTS = {
 
 class Alone:
     world_size, rank = 1, 0
+    watch = Watch(0, 1, lambda value: [value])
 
     def all_reduce_sum(self, values):
         return values
