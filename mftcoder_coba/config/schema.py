@@ -309,7 +309,11 @@ class ValidationConfig(Section):
 class CheckpointConfig(Section):
     every_steps: Positive = 100
     keep: Positive = Field(2, description="newest checkpoints to keep, beside the best one")
-    resume: str = Field("auto", min_length=1, description="auto: the newest in the run folder; never; or the path of one")
+    resume: str = Field(
+        "auto",
+        min_length=1,
+        description="auto: the newest in the run folder; never; or a path: one of this run's to go back to, or another's to begin at",
+    )
 
 
 class TrackingConfig(Section):
