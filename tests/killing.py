@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -30,6 +31,14 @@ def lines_of(run: Path, kind: str = '"kind"') -> int:
 
 def last_checkpoint(run: Path) -> Path:
     return max((run / "checkpoints").glob("step-??????"))
+
+
+def forget_after(run: Path, step: int) -> None:
+    """Removes checkpoints of later steps: as if the run had been killed before the next one, however late the kill came."""
+    for checkpoint in (run / "checkpoints").glob("step-??????"):
+        if int(checkpoint.name[5:]) > step:
+            shutil.rmtree(checkpoint)
+    (run / "checkpoints" / "latest").unlink(missing_ok=True)
 
 
 def states(checkpoint: Path) -> dict[str, str]:

@@ -17,7 +17,7 @@ from mftcoder_coba.engine.watch_words import Peer, death, hang
 
 WORKERS = str(Path(__file__).with_name("watch_workers.py"))
 RANKS = 4
-HANG_SECONDS = 6.0
+HANG_SECONDS = 9.0
 JOBS = {  # what happens in the seventh step: (to which ranks, whether the others wait where no exception reaches them, the time-out)
     "kill, in a collective": ("kill", [2], False, 600.0),
     "kill rank 0, in a collective": ("kill", [0], False, 600.0),

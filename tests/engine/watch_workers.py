@@ -17,6 +17,7 @@ from mftcoder_coba.engine import Processes, watch, watch_threads
 from mftcoder_coba.errors import UserError
 
 FAULT_STEP = 7
+pids: list[int] = []  # of all ranks of the job
 
 
 def kill() -> None:
@@ -24,9 +25,11 @@ def kill() -> None:
 
 
 def freeze() -> None:
-    """Until it is killed, when the others have ended."""
+    """Until it is killed, when the others have ended, or after 50 s."""
     time.sleep(1)  # others hear that it has come so far
-    subprocess.Popen(["sh", "-c", f"sleep 14; kill -KILL {os.getpid()}"])
+    others = " || ".join(f"kill -0 {pid} 2>/dev/null" for pid in pids if pid != os.getpid())
+    wait = f"for n in $(seq 100); do {{ {others}; }} && sleep 0.5 || break; done"
+    subprocess.Popen(["bash", "-c", f"{wait}; kill -KILL {os.getpid()}"])
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
@@ -39,7 +42,7 @@ def defect() -> None:
 
 
 def mistake() -> None:
-    time.sleep(0.3 * float(os.environ["RANK"]))  # ranks do not meet it in the same moment
+    time.sleep(0.1 * float(os.environ["RANK"]))  # ranks do not meet it in the same moment
     raise UserError("a mistake that all ranks meet")
 
 
@@ -68,7 +71,10 @@ def run(fault: str, victims: list[int], stuck: bool, timeout_seconds: float) -> 
     """
     watch_threads.GRACE_SECONDS = 3.0
     watch.EXPLAIN_SECONDS = 3.0
+    if len(victims) > 1:
+        watch_threads.LEFT_SECONDS = 8.0  # a busy machine may let one rank meet it later than another
     processes = Processes(timeout_seconds)
+    pids.extend(processes.gather_objects(os.getpid()))
     processes.watch.start(timeout_seconds)
     happens = globals()[fault] if processes.rank in victims else sleep if stuck else nothing
     try:

@@ -244,10 +244,17 @@ def damage(checkpoint: Path) -> list[str]:
 
 
 def test_a_disk_that_fills_up_keeps_the_last_checkpoint_and_training_goes_on(toy, disk):
-    """Full from step 3 to 12 of 30; a checkpoint every other step."""
+    """Full from step 3 of 60 until a save has failed; a checkpoint every other step."""
     run = disk(6144) / "full"
     filler = run.parent / "filler"
-    changes = ("run.name=full", f"run.dir={run.parent}", "training.max_steps=30", "checkpoint.every_steps=2", "tracking.tensorboard=true")
+    changes = (
+        "run.name=full",
+        f"run.dir={run.parent}",
+        "training.max_steps=60",
+        "validation.early_stopping.patience=null",
+        "checkpoint.every_steps=2",
+        "tracking.tensorboard=true",
+    )
     arguments = ("train", "--config", str(toy / "toy.json"), *(part for change in changes for part in ("--set", change)))
     with started_command(2, arguments) as started:
         while lines_of(run, '"kind": "train"') < 3 and started.running:
@@ -262,7 +269,7 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint_and_training_goes_on(toy
         results = started.wait(120)
     assert [result.returncode for result in results] == [0, 0], results
     assert held.name.startswith("step-") and intact == []
-    assert [record["step"] for record in records(run, "train")] == list(range(1, 31))
+    assert [record["step"] for record in records(run, "train")] == list(range(1, 61))
     failed = [record for record in records(run, "event") if record["name"] == "checkpoint_failed"]
     assert failed and all("No space left on device" in record["why"] for record in failed)
-    assert (run / "checkpoints" / "latest").resolve().name == "step-000030" and damage(run / "checkpoints" / "step-000030") == []
+    assert (run / "checkpoints" / "latest").resolve().name == "step-000060" and damage(run / "checkpoints" / "step-000060") == []
