@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import os
 import signal
-import sys
 import threading
 import time
 from types import FrameType, TracebackType
@@ -16,6 +15,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # Launchers repeat what they pass on: after Ctrl-C, a rank gets SIGINT from the terminal and SIGTERM from DeepSpeed's launcher.
 REPEAT_SECONDS = 5.0
 _END = b"\0"  # no signal has this number
+_STANDARD_ERROR = 2
 
 
 class Interruption:
@@ -92,8 +92,10 @@ class Interruption:
 
     def _say(self, line: str) -> None:
         if not self.quiet:
-            with contextlib.suppress(OSError, ValueError):  # a terminal that is gone must not cost the checkpoint
-                print(line, file=sys.stderr, flush=True)
+            # A terminal that is gone must not cost the checkpoint. Written past sys.stderr: what stays in its buffer would fail again when
+            # Python ends, which then exits with 120 in place of the run's code.
+            with contextlib.suppress(OSError):
+                os.write(_STANDARD_ERROR, f"{line}\n".encode())
 
 
 def _heard_by_the_thread(number: int, frame: FrameType | None) -> None:
