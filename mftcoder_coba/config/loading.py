@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from mftcoder_coba.config.schema import BALANCERS, Config
+from mftcoder_coba.config.schema import ADAPTERS, BALANCERS, Config
 from mftcoder_coba.errors import UserError, suggestion
 
 
@@ -54,7 +54,7 @@ def _load_layer(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         return tree
     if not isinstance(base, str):
         raise UserError('"extends" must be the path of one JSON file', str(path))
-    return _merged(_load_layer(path.parent / base, (*seen, path)), tree)
+    return merged(_load_layer(path.parent / base, (*seen, path)), tree)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -75,14 +75,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """`over` wins, key by key. An object with another `kind` replaces the base's object whole: its keys mean something else."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
         both = isinstance(old, dict) and isinstance(value, dict)
         if both and value.get("kind", old.get("kind")) == old.get("kind"):
-            result[key] = _merged(old, value)
+            result[key] = merged(old, value)
         else:
             result[key] = value
     return result
@@ -95,7 +95,7 @@ def _absolute_paths(tree: dict[str, Any], folder: Path, source: str) -> dict[str
         return os.path.normpath(folder.absolute() / Path(value).expanduser()) if isinstance(value, str) and value else value
 
     tree = dict(tree)
-    for section, keys in {"run": ["dir"], "data": ["cache_dir"], "checkpoint": ["resume"]}.items():
+    for section, keys in {"run": ["dir"], "adapter": ["initial_adapter"], "data": ["cache_dir"], "checkpoint": ["resume"]}.items():
         if isinstance(tree.get(section), dict):
             tree[section] = dict(tree[section])
             for key in keys:
@@ -211,6 +211,7 @@ def _relevant(findings: list[Any]) -> list[Any]:
 
 # Names that pydantic adds to a location for the branch of a union that it tried.
 _BRANCHES = {
+    *ADAPTERS,
     *BALANCERS,
     "MarkersConfig",
     "bool",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,6 @@ class Engine:
         module: whose forward returns (loss, ...); its parameters that require gradients are trained.
         deepspeed_config: from `build_deepspeed_config`.
         training: optimizer settings.
-        trainable_only: `gather_state` leaves frozen parameters out.
         external_parameters: (module, parameters) pairs: parameters that a module uses but another module owns.
     """
 
@@ -61,10 +60,9 @@ class Engine:
         deepspeed_config: dict[str, Any],
         training: TrainingConfig,
         processes: Processes,
-        trainable_only: bool,
         external_parameters: list[tuple[nn.Module, list[nn.Parameter]]],
     ):
-        self.processes, self.trainable_only = processes, trainable_only
+        self.processes = processes
         self.zero_stage = deepspeed_config["zero_optimization"]["stage"]
         self.accumulation_steps = deepspeed_config["gradient_accumulation_steps"]
         # DeepSpeed divides by the accumulation steps in backward and averages over ranks when it reduces. L is a sum over
@@ -176,19 +174,22 @@ class Engine:
             raise errors[0]
         update_working_weights(self._engine.optimizer)
 
-    def gather_state(self, model: nn.Module) -> dict[str, Tensor]:
-        """Full tensors of `model` (a part of `module`) on the CPU of rank 0, by name; empty elsewhere. With an adapter: the trainable ones.
+    def gather_state(self, model: nn.Module, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Full tensors of `model` (a part of `module`) on the CPU of rank 0, by name; empty elsewhere.
+
+        Args:
+            names: of the parameters that are wanted; None: all, and buffers.
 
         Parameters are gathered one by one, so that memory holds one full parameter more than the result.
         """
         state: dict[str, Tensor] = {}
         for name, parameter in model.named_parameters():
-            if self.trainable_only and not parameter.requires_grad:
+            if names is not None and name not in names:
                 continue
             with self.gathered([parameter]):
                 if self.processes.is_main:
                     state[name] = parameter.detach().to("cpu", copy=True)
-        if self.processes.is_main and not self.trainable_only:
+        if self.processes.is_main and names is None:
             state.update({name: buffer.detach().to("cpu", copy=True) for name, buffer in model.named_buffers() if name in model.state_dict().keys()})
         return state
 

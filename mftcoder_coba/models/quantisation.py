@@ -27,23 +27,23 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 _ARITHMETIC_ON_THE_WAY = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "stage3_use_all_reduce_for_fetch_params")
 
 
-def check_adapter(config: AdapterConfig | None, deepspeed_config: dict[str, Any]) -> None:
+def check_quantisation(config: AdapterConfig, deepspeed_config: dict[str, Any]) -> None:
     """To be called before anything is loaded.
 
     Raises:
-        UserError: QLoRA is asked for, and cannot run here.
+        UserError: a quantised base is asked for, and cannot be had here.
     """
-    if config is None or config.kind != "qlora":
+    if not config.quantised:
         return
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("QLoRA needs the package bitsandbytes", 'adapter.kind = "qlora"', "pip install bitsandbytes")
+        raise UserError("a quantised base model needs the package bitsandbytes", f'adapter.kind = "{config.kind}"', "pip install bitsandbytes")
     zero = deepspeed_config.get("zero_optimization", {})
     for key in _ARITHMETIC_ON_THE_WAY:
         if zero.get("stage") == 3 and zero.get(key):
             raise UserError(
-                "computes with parameters while they travel between ranks; the 4-bit weights of QLoRA are packed bits, which that would destroy",
+                "computes with parameters while they travel between ranks; 4-bit weights are packed bits, which that would destroy",
                 f"deepspeed.zero_optimization.{key}",
-                'remove it, or use adapter.kind = "lora"',
+                'remove it, or use an adapter without quantisation, such as adapter.kind = "lora"',
             )
 
 
@@ -74,7 +74,7 @@ def prepare_layers(model: nn.Module) -> None:
 
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     if not layers:
-        raise UserError("no layer of this model can be quantised: none is a plain linear one", 'adapter.kind = "qlora"', 'use "lora"')
+        raise UserError("no layer of this model can be quantised: none is a plain linear one", "adapter", 'use "lora", or "quantised": false')
     for width, device in sorted({(layer.in_features, layer.weight.device) for layer in layers}, key=str):
         _check_kernel(width, device)
     for layer in layers:
@@ -96,8 +96,8 @@ def _check_kernel(width: int, device: torch.device) -> None:
         raise UserError(
             f"bitsandbytes {__version__} computes wrong 4-bit weights on this {device.type} for layers of input width {width}; "
             "multiples of 64 are right",
-            'adapter.kind = "qlora"',
-            'use "lora" for this model, or a GPU',
+            "adapter",
+            'use "lora" or "quantised": false for this model, or a GPU',
         )
 
 

@@ -48,12 +48,23 @@ class MultiTaskObjective(nn.Module):
         self, input_ids: Tensor, position_ids: Tensor, labels: Tensor, task_ids: Tensor, loss_weights: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of the supervised tokens alone: last hidden states [tokens, width]; labels, task ids and loss weights [tokens]."""
-        hidden = self.hidden_states(input_ids, position_ids)
+        hidden = self.hidden_states(input_ids, position_ids, task_ids)
         supervised = labels.view(-1) >= 0
         return hidden.reshape(-1, hidden.shape[-1])[supervised], *(values.view(-1)[supervised] for values in (labels, task_ids, loss_weights))
 
-    def hidden_states(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        """Last hidden states [rows, length, width]. Documents are kept apart by their restarting positions: see `models.attention`."""
+    def hidden_states(self, input_ids: Tensor, position_ids: Tensor, task_ids: Tensor | None = None) -> Tensor:
+        """Last hidden states [rows, length, width]. Documents are kept apart by their restarting positions: see `models.attention`.
+
+        task_ids: needed where an adapter has experts.
+        """
+        with self._tasks_told(task_ids):
+            return self._hidden_states(input_ids, position_ids)
+
+    def _tasks_told(self, task_ids: Tensor | None) -> contextlib.AbstractContextManager:
+        """An adapter with experts wants to know each token's task."""
+        return contextlib.nullcontext() if task_ids is None or not hasattr(self.model, "tokens_of") else self.model.tokens_of(task_ids)
+
+    def _hidden_states(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
         causal_lm = _causal_lm(self.model)
         rows, length = input_ids.shape
         if "flash" in causal_lm.config._attn_implementation:
@@ -73,10 +84,11 @@ class MultiTaskObjective(nn.Module):
         training = self.model.training
         self.model.eval()
         labels = input_ids.roll(-1, dims=1)[0, :-1]
-        task_ids, ones = torch.zeros_like(labels), torch.ones(len(labels), device=labels.device)
-        hidden = self.hidden_states(input_ids, position_ids)[0, :-1]
-        _, sums = self.output_loss(hidden, labels, task_ids, ones, None)
-        logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits[0, :-1].float()
+        task_ids, ones = torch.zeros_like(input_ids), torch.ones(len(labels), device=labels.device)
+        hidden = self.hidden_states(input_ids, position_ids, task_ids)[0, :-1]
+        _, sums = self.output_loss(hidden, labels, task_ids[0, :-1], ones, None)
+        with self._tasks_told(task_ids):
+            logits = self.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).logits[0, :-1].float()
         expected = nn.functional.cross_entropy(logits, labels, reduction="sum").double()
         self.model.train(training)
         if not torch.isfinite(expected):

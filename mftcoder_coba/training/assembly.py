@@ -137,9 +137,9 @@ def assemble(
     np.random.seed(config.run.seed)
     torch.manual_seed(config.run.seed)
     # A quantised model cannot be loaded in parts: each rank quantises all of it, tensor by tensor, and DeepSpeed partitions it afterwards.
-    quantise_on = processes.device if config.adapter and config.adapter.kind == "qlora" else None
+    quantise_on = processes.device if config.adapter and config.adapter.quantised else None
     with contextlib.nullcontext() if quantise_on else partitioned_loading(deepspeed_config):
-        model = add_adapter(load_model(config.model, attention, quantise_on), config.adapter)
+        model = add_adapter(load_model(config.model, attention, quantise_on), config.adapter, corpus.tasks)
     _check_sizes(model, tokenizer, config)
     total, trainable = count_parameters(model)
     objective = MultiTaskObjective(model, len(corpus.tasks))
@@ -148,7 +148,6 @@ def assemble(
         deepspeed_config,
         config.training,
         processes,
-        trainable_only=config.adapter is not None,
         external_parameters=[(objective.output_loss, objective.output_loss.external_parameters)],
     )
     objective.check_output_layer(*_first_tokens(corpus, processes.device))

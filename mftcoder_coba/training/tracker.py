@@ -103,6 +103,11 @@ class Tracker:
                 why = f"the validation loss of {name} is not finite: no best step until it is finite again. Told once; the records show all"
                 self.event(step, "validation_not_finite", why, task=name)
 
+    def gates(self, step: int, layers: list[str], experts: dict[str, list[str]], gates: dict[str, np.ndarray]) -> None:
+        """gates: [layers, experts] of each task."""
+        tasks = {task: {"experts": experts[task], "values": values.astype(np.float64).round(5).tolist()} for task, values in gates.items()}
+        self._write("gates", step, layers=layers, tasks=tasks)
+
     def event(self, step: int, name: str, why: str, **more: Any) -> None:
         self._write("event", step, name=name, why=why, **more)
 

@@ -16,7 +16,7 @@ from mftcoder_coba.config import Config
 from mftcoder_coba.data import Batch, load_tokenizer, prepare
 from mftcoder_coba.engine import Processes, build_deepspeed_config, launched_local_rank, launched_world_size
 from mftcoder_coba.errors import Interrupted, RunFailure
-from mftcoder_coba.models import check_adapter, write_export
+from mftcoder_coba.models import CgcLoraModel, adapter_names, check_adapter, write_export
 from mftcoder_coba.training.assembly import Run, assemble, check_data, check_signals
 from mftcoder_coba.training.checkpoints import Checkpoints
 from mftcoder_coba.training.interruption import Interruption
@@ -50,7 +50,7 @@ def train(config: Config, command: list[str], allow_config_change: bool = False)
     """
     # What can be found wrong without data or model is found first.
     deepspeed_config = build_deepspeed_config(config, launched_world_size())
-    check_adapter(config.adapter, deepspeed_config)
+    check_adapter(config.adapter, config.data.task_names, deepspeed_config)
     check_signals(config)
     folder = RunFolder(config)
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
@@ -192,6 +192,7 @@ class Loop:
         self.initial_losses = measured.losses
         self.run.balancer.start(self.initial_losses)
         self.tracker.validation(0, self.initial_losses, self.initial_losses, measured.tokens)
+        self.record_gates()
 
     def validate(self) -> None:
         """Full validation, the best step, early stopping. Without any validation data the last step is the best."""
@@ -201,6 +202,7 @@ class Loop:
             return
         measured = self.run.validation.full()
         self.tracker.validation(self.step, measured.losses, self.initial_losses, measured.tokens)
+        self.record_gates()
         ratios = ratios_of(self.run.corpus.tasks, measured.losses, self.initial_losses)
         if self.best.update(self.step, ratios):
             self.export(f"{self.best.config.criterion} {self.best.value:.4f}", ratios)
@@ -212,12 +214,21 @@ class Loop:
                 f"{self.best.validations_since} validations without a better {self.best.config.criterion} than at step {self.best.step}",
             )
 
+    def record_gates(self) -> None:
+        """How each task mixes its experts, where there are any."""
+        model = self.run.engine.module.model
+        if isinstance(model, CgcLoraModel):
+            with torch.no_grad(), self.run.engine.gathered(list(model.gates.parameters())):
+                gates = {task: model.gates.of(task).cpu().numpy() for task in self.run.corpus.tasks}
+            experts = {task: model.structure.expert_names(task) for task in gates}
+            self.tracker.gates(self.step, model.layer_names, experts, gates)
+
     def export(self, why: str, ratios: dict[str, float] | None = None) -> None:
         """The model of this step becomes `export/`, with `best.json` where there are ratios: a run that is killed later leaves its best model."""
         run = self.run
         run.processes.watch.mark("exporting the model")
         model = run.engine.module.model
-        state = run.engine.gather_state(model)
+        state = run.engine.gather_state(model, adapter_names(model))
         problem = ""
         if run.processes.is_main:
             try:

@@ -59,7 +59,7 @@ def trained(dtype: str, stage: int, processes: Processes, arguments: argparse.Na
     config = validate(tree, "benchmark")
     torch.manual_seed(0)
     module = LanguageModel(getattr(torch, dtype), arguments.hidden, arguments.layers, arguments.vocabulary)
-    engine = Engine(module, build_deepspeed_config(config, processes.world_size), config.training, processes, False, [])
+    engine = Engine(module, build_deepspeed_config(config, processes.world_size), config.training, processes, [])
     (loss,) = engine.forward(torch.arange(32, device=engine.device)[None])
     engine.backward(loss)
     engine.step(1e-4)
@@ -71,7 +71,7 @@ def save(engine: Engine, folder: Path) -> None:
 
 
 def deepspeed_save(engine: Engine, folder: Path) -> None:
-    engine._engine.save_checkpoint(str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=engine.trainable_only)
+    engine._engine.save_checkpoint(str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=not all(p.requires_grad for p in engine.module.parameters()))
 
 
 def deepspeed_save_to_disk(engine: Engine, folder: Path) -> None:

@@ -48,9 +48,9 @@ def build(config: Config, processes: Processes) -> Engine:
     model = tiny_model("llama_tied", dtype=getattr(torch, config.model.dtype))
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    objective = MultiTaskObjective(add_adapter(model, config.adapter), len(TASKS))
+    objective = MultiTaskObjective(add_adapter(model, config.adapter, TASKS), len(TASKS))
     external = [(objective.output_loss, objective.output_loss.external_parameters)]
-    return Engine(objective, build_deepspeed_config(config, processes.world_size), config.training, processes, config.adapter is not None, external)
+    return Engine(objective, build_deepspeed_config(config, processes.world_size), config.training, processes, external)
 
 
 def data() -> tuple[list[TaskData], list[list[tuple[int, int]]]]:

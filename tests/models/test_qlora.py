@@ -14,13 +14,13 @@ from tiny_models import tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from mftcoder_coba.config import AdapterConfig, ModelConfig
+from mftcoder_coba.config import LoraConfig, ModelConfig
 from mftcoder_coba.errors import UserError
-from mftcoder_coba.models import add_adapter, check_adapter, count_parameters, load_model
+from mftcoder_coba.models import adapter_names, add_adapter, check_adapter, count_parameters, load_model
 
 needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs the package bitsandbytes")
 CPU = torch.device("cpu")
-QLORA = AdapterConfig(kind="qlora", rank=4, alpha=8.0, dropout=0.0)
+QLORA = LoraConfig(kind="qlora", rank=4, alpha=8.0, dropout=0.0)
 IDS = torch.randint(0, 64, (3, 20), generator=torch.Generator().manual_seed(0))
 
 
@@ -161,7 +161,7 @@ def train_partitioned(folder: str, out: str) -> None:
     layers = {name.removeprefix("base_model.model.").removesuffix(".base_layer"): layer for name, layer in four_bit_layers(model).items()}
     objective = MultiTaskObjective(model, len(TASKS))
     external = [(objective.output_loss, objective.output_loss.external_parameters)]
-    engine = Engine(objective, build_deepspeed_config(config, processes.world_size), config.training, processes, True, external)
+    engine = Engine(objective, build_deepspeed_config(config, processes.world_size), config.training, processes, external)
 
     def gathered() -> dict[str, torch.Tensor]:
         result = {}
@@ -178,10 +178,10 @@ def train_partitioned(folder: str, out: str) -> None:
         with engine.evaluating():
             objective.check_output_layer(IDS[:1], torch.arange(IDS.shape[1])[None])
     if processes.is_main:
-        trained = list(engine.gather_state(model))
+        trained = list(engine.gather_state(model, adapter_names(model)))
         torch.save({"before": before, "after": gathered(), "held": held, "losses": losses, "trained": trained}, out)
     else:
-        engine.gather_state(model), gathered()
+        engine.gather_state(model, adapter_names(model)), gathered()
     engine.close()
     processes.barrier()
     processes.close()
@@ -256,20 +256,20 @@ def test_the_exported_adapter_is_an_ordinary_one_for_the_unquantised_model(runs,
 def test_a_missing_package_is_said_before_anything_is_loaded(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError) as raised:
-        check_adapter(QLORA, {"zero_optimization": {"stage": 2}})
+        check_adapter(QLORA, [], {"zero_optimization": {"stage": 2}})
     assert (raised.value.where, raised.value.fix) == ('adapter.kind = "qlora"', "pip install bitsandbytes")
-    check_adapter(None, {})
-    check_adapter(QLORA.model_copy(update={"kind": "lora"}), {})
+    check_adapter(None, [], {})
+    check_adapter(QLORA.model_copy(update={"kind": "lora"}), [], {})
 
 
 @needs_bitsandbytes
 @pytest.mark.parametrize("key", ["zero_quantized_weights", "zero_quantized_nontrainable_weights", "stage3_use_all_reduce_for_fetch_params"])
 def test_zero_3_may_not_compute_with_packed_weights_on_their_way(key):
     with pytest.raises(UserError, match="packed bits") as raised:
-        check_adapter(QLORA, {"zero_optimization": {"stage": 3, key: True}})
+        check_adapter(QLORA, [], {"zero_optimization": {"stage": 3, key: True}})
     assert raised.value.where == f"deepspeed.zero_optimization.{key}"
-    check_adapter(QLORA, {"zero_optimization": {"stage": 3, key: False}})
-    check_adapter(QLORA.model_copy(update={"kind": "lora"}), {"zero_optimization": {"stage": 3, key: True}})
+    check_adapter(QLORA, [], {"zero_optimization": {"stage": 3, key: False}})
+    check_adapter(QLORA.model_copy(update={"kind": "lora"}), [], {"zero_optimization": {"stage": 3, key: True}})
 
 
 @needs_bitsandbytes
