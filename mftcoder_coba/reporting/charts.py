@@ -10,7 +10,7 @@
     event/NAME         texts: why the event came
 
 A group holds one chart for each task, so all weights stand beside one another. The step axis is the optimizer step. What is
-null, NaN or infinite has no point.
+null, NaN or infinite has no point. Records of gates have no charts: the report shows them.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class TensorBoardSink:
             summary = text(f"event/{record['name']}", str(record.get("why", "")))
         else:
             summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars(record).items()])
-        self._write(Event(wall_time=time.time(), step=record["step"], summary=summary))
+        if summary.value:
+            self._write(Event(wall_time=time.time(), step=record["step"], summary=summary))
 
     def close(self) -> None:
         self._file.close()

@@ -15,7 +15,8 @@ from mftcoder_coba.reporting.appending import AppendedFile, warn
 from mftcoder_coba.reporting.charts import TensorBoardSink, WandbSink
 from mftcoder_coba.reporting.records import METRICS_FILE, read_lines
 
-KINDS = ("train", "balancer", "validation", "event")
+KINDS = ("train", "balancer", "validation", "gates", "event")
+OF_VALIDATION = ("validation", "gates")  # what a validation writes, in either order
 
 
 class Sink(Protocol):
@@ -119,7 +120,8 @@ class JsonLinesSink:
 
 
 def cut_after(path: Path, step: int, pending: bool = False) -> None:
-    """Drops the records after those of `step`, and a torn last line; with `pending`, also from the first validation of `step` on.
+    """Drops the records after those of `step`, and a torn last line; with `pending`, also what the first validation
+    of `step` wrote, and all after it.
 
     The end of the file is cut off where it lies, which needs no room.
 
@@ -129,7 +131,7 @@ def cut_after(path: Path, step: int, pending: bool = False) -> None:
     """
     whole = 0
     for line, record in read_lines(path):
-        if record["step"] > step or (pending and record["step"] == step and record["kind"] == "validation"):
+        if record["step"] > step or (pending and record["step"] == step and record["kind"] in OF_VALIDATION):
             break
         whole += len(line) + 1
     with path.open("r+b") as file:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mftcoder_coba.errors import UserError
+from mftcoder_coba.reporting.gates import Gates, gates_of, is_gates_record
 
 METRICS_FILE = "metrics.jsonl"
 LARGEST_STEP = 2**53
@@ -67,6 +68,7 @@ class Metrics:
     balancer: Series
     validation: Series
     events: list[dict[str, Any]]
+    gates: list[Gates]  # of the full validations; empty where the adapter has none
 
     @property
     def last_step(self) -> int:
@@ -125,12 +127,12 @@ def read_metrics(folder: Path) -> Metrics:
     path = folder / METRICS_FILE
     if not path.is_file():
         raise UserError(f"is no run folder: it holds no {METRICS_FILE}", str(folder), "give the folder that `train` wrote, such as runs/NAME")
-    by_kind: dict[str, list[dict[str, Any]]] = {"train": [], "balancer": [], "validation": [], "event": []}
+    by_kind: dict[str, list[dict[str, Any]]] = {"train": [], "balancer": [], "validation": [], "event": [], "gates": []}
     for _, record in read_lines(path):
         by_kind.setdefault(record["kind"], []).append(record)
     columns = {kind: _columns(by_kind[kind]) for kind in ("train", "balancer", "validation")}
     tasks = list(dict.fromkeys(task for kind in ("validation", "train", "balancer") for task in columns[kind].tasks))
-    return Metrics(tasks, **columns, events=by_kind["event"])
+    return Metrics(tasks, **columns, events=by_kind["event"], gates=[gates_of(record) for record in by_kind["gates"]])
 
 
 def read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
@@ -151,7 +153,8 @@ def read_lines(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
         if record is not None:
             records.append((line, record))
         elif number < len(lines):
-            raise UserError("is not a record: a JSON object with `kind` and `step`", f"{path}:{number}", "remove this line, or restore the file")
+            what = "is not a record: a JSON object with `kind` and `step`, and what belongs to its kind"
+            raise UserError(what, f"{path}:{number}", "remove this line, or restore the file")
     return records
 
 
@@ -164,7 +167,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         return None
     tasks = record.get("tasks", {})
     whole = 0 <= record["step"] < LARGEST_STEP and isinstance(tasks, dict) and all(isinstance(values, dict) for values in tasks.values())
-    return record if whole else None
+    return record if whole and (record["kind"] != "gates" or is_gates_record(record)) else None
 
 
 def _columns(records: list[dict[str, Any]]) -> Series:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from mftcoder_coba.reporting.figures import COLOURS, GREY, Chart, Sheet, dashed_entry, extent, is_noisy, limit
+from mftcoder_coba.reporting.gate_figures import common_share, expert_gates
 from mftcoder_coba.reporting.records import Run, Series
 from mftcoder_coba.reporting.summary import best_step
 
@@ -188,6 +189,20 @@ CHARTS = (
         "Learning rate and gradient norm",
         "The gradient norm is taken before clipping: a lasting rise points to an unstable run.",
         optimizer,
+    ),
+    Chart(
+        "expert_gates",
+        "Expert gates per task and layer",
+        "How much of each expert a task's gate lets through, in each layer, at the best step: red is more than an even part, blue is less. "
+        "Experts named common belong to all tasks of a cluster, whose name stands in brackets; those named own belong to the task alone.",
+        expert_gates,
+    ),
+    Chart(
+        "common_share",
+        "Share of the common experts over training",
+        "What each task's gate gives to all common experts of its cluster together, the mean over the layers; the rest goes to the task's own "
+        "experts. The dashed line is that of even gates.",
+        common_share,
     ),
 )
 

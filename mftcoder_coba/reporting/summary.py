@@ -7,12 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from mftcoder_coba.reporting.gates import Gates
 from mftcoder_coba.reporting.records import Run
 
 # A task counts as past its minimum when its last validation ratio is above its lowest by more than this part of it.
 PAST_MINIMUM = 0.01
 # A task counts as converged once it made this part of its fall.
 CONVERGED = 0.9
+# Gates have moved when some task gives its own experts more or less than even gates would, by so much of the whole.
+GATES_MOVED = 0.02
 # Names of methods as people write them; the others are words already.
 WRITTEN = {
     "coba": "CoBa",
@@ -24,6 +27,7 @@ WRITTEN = {
     "lora": "LoRA",
     "qlora": "QLoRA",
     "cgc_lora": "CGC-LoRA",
+    "moe_lora": "MOELoRA",
 }
 
 
@@ -66,6 +70,13 @@ def best_step(run: Run) -> Best | None:
         return None
     row = int(np.nanargmin(mean_ratio))
     return Best(int(validation.steps[row]), "mean_ratio", float(mean_ratio[row]), recorded=False)
+
+
+def gates_at_best(run: Run) -> Gates | None:
+    """The gates of the best step; the newest where that step has none. None where the run has no gates."""
+    gates, best = run.metrics.gates, best_step(run)
+    of_best = [found for found in gates if best is not None and found.step == best.step]
+    return next(reversed(of_best or gates), None)
 
 
 def task_summaries(run: Run) -> list[TaskSummary]:
@@ -114,7 +125,8 @@ def seconds_per_step(run: Run) -> float:
 
 def sentences(run: Run) -> list[str]:
     """The run in plain sentences; what its files do not say is left out."""
-    return [text for text in (_what_was_trained(run), _best(run), _spread(run), _balance(run), _past_minimum(run), _early_stop(run)) if text]
+    texts = (_what_was_trained(run), _best(run), _spread(run), _balance(run), _past_minimum(run), _own_experts(run), _early_stop(run))
+    return [text for text in texts if text]
 
 
 def _what_was_trained(run: Run) -> str:
@@ -172,6 +184,22 @@ def _past_minimum(run: Run) -> str:
     if past:
         return f"Past {'its' if len(past) == 1 else 'their'} minimum by more than {PAST_MINIMUM:.0%}: {', '.join(past)}."
     return "No task is past its minimum." if len(run.metrics.validation) > 1 else ""
+
+
+def _own_experts(run: Run) -> str:
+    """Which task uses its own experts most, and which least; only where tasks have both kinds and the gates have moved."""
+    gates = gates_at_best(run)
+    both = [task for task in run.tasks if task in gates.experts and gates.has_both_kinds(task)] if gates else []
+    own = {task: 1 - gates.common_share(task) for task in both}
+    even = {task: 1 - gates.even_common_share(task) for task in both}
+    beyond = {task: own[task] - even[task] for task in both if np.isfinite(own[task])}
+    if max(map(abs, beyond.values()), default=0.0) <= GATES_MOVED:
+        return ""
+    most, least = max(beyond, key=beyond.__getitem__), min(beyond, key=beyond.__getitem__)
+    shares = f"{own[most]:.0%} to the own experts of {most}"
+    if least != most:
+        shares += f" (most of all tasks) and {own[least]:.0%} to those of {least} (least)"
+    return f"At step {gates.step}, the gates give, on average over the layers, {shares}; even gates would give {even[most]:.0%}."
 
 
 def _early_stop(run: Run) -> str:

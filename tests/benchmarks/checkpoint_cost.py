@@ -71,7 +71,8 @@ def save(engine: Engine, folder: Path) -> None:
 
 
 def deepspeed_save(engine: Engine, folder: Path) -> None:
-    engine._engine.save_checkpoint(str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=not all(p.requires_grad for p in engine.module.parameters()))
+    frozen = any(not parameter.requires_grad for parameter in engine.module.parameters())
+    engine._engine.save_checkpoint(str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=frozen)
 
 
 def deepspeed_save_to_disk(engine: Engine, folder: Path) -> None:

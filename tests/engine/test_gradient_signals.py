@@ -10,6 +10,7 @@ from ranks import run_ranks
 
 WORKERS = str(Path(__file__).with_name("gradient_workers.py"))
 LORA = {"kind": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.3}
+EXPERTS = {"kind": "cgc_lora", "clusters": {"one": ["a", "b"], "two": ["c"]}, "common_experts": 1, "task_experts": 1, "rank": 6, "dropout": 0.1}
 VARIANTS = {
     **{f"stage {stage}": {"stage": stage} for stage in range(4)},
     "stage 2, sample means": {"stage": 2, "reduction": "sample"},
@@ -17,6 +18,8 @@ VARIANTS = {
     "stage 3, checkpointing": {"stage": 3, "gradient_checkpointing": True},
     "stage 2, lora with dropout": {"stage": 2, "adapter": LORA},
     "stage 3, lora with dropout": {"stage": 3, "adapter": LORA},
+    "stage 2, experts with dropout": {"stage": 2, "adapter": EXPERTS},
+    "stage 3, experts with dropout": {"stage": 3, "adapter": EXPERTS},
     "stage 2, bfloat16": {"stage": 2, "dtype": "bfloat16"},
     "stage 3, bfloat16": {"stage": 3, "dtype": "bfloat16"},
 }

@@ -8,10 +8,14 @@ from ranks import run_ranks
 
 WORKERS = str(Path(__file__).with_name("workers.py"))
 LORA = {"kind": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.0}
+CGC = {"kind": "cgc_lora", "clusters": {"one": ["a", "b"], "two": ["c"]}, "common_experts": 1, "task_experts": 1, "rank": 6, "dropout": 0.0}
 VARIANTS = [
     *({"stage": stage} for stage in range(4)),
     {"stage": 3, "adapter": LORA},
     {"stage": 2, "adapter": LORA},
+    *({"stage": stage, "adapter": CGC} for stage in range(4)),
+    {"stage": 3, "adapter": CGC, "gradient_checkpointing": True},
+    {"stage": 3, "adapter": CGC, "dtype": "bfloat16"},
     {"stage": 2, "reduction": "sample"},
     {"stage": 3, "gradient_checkpointing": True},
     {"stage": 0, "gradient_clipping": 0.01},
@@ -24,7 +28,7 @@ LAYOUTS = {"1 x 8": (1, 8), "2 x (2 of 2)": (2, 2), "4 x 2": (4, 2)}  # processe
 
 
 def name(variant):
-    return " ".join(f"{key}={'lora' if key == 'adapter' else value}" for key, value in variant.items())
+    return " ".join(f"{key}={value['kind'] if key == 'adapter' else value}" for key, value in variant.items())
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +87,35 @@ def test_the_data_is_as_uneven_as_it_should_be():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    "variant", ["stage=3 adapter=lora", "stage=2 adapter=lora", "stage=2 reduction=sample", "stage=3 gradient_checkpointing=True"]
+    "variant",
+    [
+        "stage=3 adapter=lora",
+        "stage=2 adapter=lora",
+        *(f"stage={stage} adapter=cgc_lora" for stage in range(4)),
+        "stage=2 reduction=sample",
+        "stage=3 gradient_checkpointing=True",
+    ],
 )
 def test_adapters_sample_means_and_checkpointing_do_not_depend_on_the_layout(results, layout, variant):
     reference, ours = results["1 x 8"][variant], results[layout][variant]
     assert largest_relative_difference(ours["gradients"], reference["gradients"]) <= 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("variant", ["stage=1", "stage=2", "stage=3", "stage=3 gradient_checkpointing=True"])
+def test_experts_get_the_same_gradients_in_every_stage(results, layout, variant):
+    stage, _, more = variant.partition(" ")
+    ours = results[layout][f"{stage} adapter=cgc_lora {more}".strip()]
+    reference = results["1 x 8"]["stage=0 adapter=cgc_lora"]
+    assert set(ours["gradients"]) == set(reference["gradients"])
+    assert largest_relative_difference(ours["gradients"], reference["gradients"]) <= 1e-5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_experts_in_bfloat16_agree_within_its_precision(results, layout):
+    ours, reference = results[layout]["stage=3 adapter=cgc_lora dtype=bfloat16"], results["1 x 8"]["stage=0 adapter=cgc_lora"]
+    assert ours["grad_norm"] == pytest.approx(reference["grad_norm"], rel=0.05)
+    assert ours["losses"] == pytest.approx(reference["losses"], rel=0.01)
 
 
 def test_only_adapter_parameters_are_trained_and_saved(results):

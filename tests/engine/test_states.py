@@ -21,6 +21,7 @@ from mftcoder_coba.errors import UserError
 WORKERS = str(Path(__file__).with_name("state_workers.py"))
 
 BFLOAT16 = {"dtype": "bfloat16"}
+EXPERTS = {"adapter": {"kind": "cgc_lora", "clusters": {"one": ["a", "b"], "two": ["c"]}, "rank": 8, "dropout": 0.0}}
 LORA = {"adapter": {"kind": "lora", "rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear"}}
 OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
 # Above what the tiny model's parameters have: they stay whole on every rank.
@@ -36,6 +37,7 @@ VARIANTS = {
     "bfloat16, 2, offloaded": BFLOAT16 | {"stage": 2, "zero": OFFLOADED},
     "bfloat16, 3, offloaded": BFLOAT16 | {"stage": 3, "zero": OFFLOADED | PERSISTENT | {"offload_param": {"device": "cpu"}}},
     "LoRA, 2": LORA | {"stage": 2},
+    "experts, 3": EXPERTS | {"stage": 3},
     "LoRA in bfloat16, 3": LORA | BFLOAT16 | {"stage": 3},
 }
 # What is loaded into what, on 1 and on 4 ranks.
@@ -48,6 +50,7 @@ PAIRS = [
     (VARIANTS["bfloat16, 1, float32 sums"], ["bfloat16, 0"]),
     (VARIANTS["bfloat16, 3, offloaded"], ["bfloat16, 0", "bfloat16, 2, offloaded"]),
     (LORA | {"stage": 1}, ["LoRA, 2"]),
+    (EXPERTS | {"stage": 1}, ["experts, 3"]),
     (LORA | BFLOAT16 | {"stage": 2}, ["LoRA in bfloat16, 3"]),
 ]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tiny_models import tiny_model
@@ -15,7 +16,7 @@ from mftcoder_coba.balancing import create
 from mftcoder_coba.config import Config, validate
 from mftcoder_coba.data import TaskData, collate
 from mftcoder_coba.engine import Engine, Processes, build_deepspeed_config
-from mftcoder_coba.models import add_adapter
+from mftcoder_coba.models import CgcLoraModel, adapter_names, add_adapter
 from mftcoder_coba.objective import MultiTaskObjective
 from mftcoder_coba.training.step import train_step
 
@@ -48,9 +49,18 @@ def build(config: Config, processes: Processes) -> Engine:
     model = tiny_model("llama_tied", dtype=getattr(torch, config.model.dtype))
     if config.model.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    objective = MultiTaskObjective(add_adapter(model, config.adapter, TASKS), len(TASKS))
+    objective = MultiTaskObjective(_adapted(model, config), len(TASKS))
     external = [(objective.output_loss, objective.output_loss.external_parameters)]
     return Engine(objective, build_deepspeed_config(config, processes.world_size), config.training, processes, external)
+
+
+def _adapted(model: nn.Module, config: Config) -> nn.Module:
+    """Experts are drawn, too: what starts at zero would hide what they do."""
+    model = add_adapter(model, config.adapter, TASKS)
+    if isinstance(model, CgcLoraModel):
+        for name in model.adapter_names():
+            torch.nn.init.normal_(model.get_parameter(name), std=1.0 if name.startswith("gates.") else 0.1)
+    return model
 
 
 def data() -> tuple[list[TaskData], list[list[tuple[int, int]]]]:
@@ -100,7 +110,7 @@ def gradients(micro_batch_rows: int, variants: list[dict], out: str) -> None:
         results.append(
             {
                 "gradients": captured,
-                "parameters": engine.gather_state(engine.module.model),
+                "parameters": engine.gather_state(engine.module.model, adapter_names(engine.module.model)),
                 "loss": outcome.loss,
                 "losses": outcome.losses.tolist(),
                 "tokens": outcome.tokens.tolist(),

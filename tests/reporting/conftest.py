@@ -140,20 +140,46 @@ def validation(tasks: list[str], starts: dict[str, float], step: int) -> dict:
     }
 
 
+def gates(clusters: dict[str, list[str]], step: int, common: int = 2, own: int = 2, depths: int = 2, strength: float = 0.01) -> dict:
+    """Even at step 0; then each task moves to its own experts or away from them, the first tasks of a cluster furthest."""
+    layers = [f"layers.{depth}.{kind}" for depth in range(depths) for kind in ("self_attn.q_proj", "mlp.up_proj")]
+    found = {}
+    for cluster, tasks in clusters.items():
+        for number, task in enumerate(tasks):
+            rows = []
+            for layer in range(len(layers)):
+                tilt = strength * step * (1 - number) * (1 + 0.1 * layer)
+                rows.append(softmax(np.array([0.0] * common + [tilt] * own)).tolist())
+            names = [f"{cluster} {k + 1}" for k in range(common)] + [f"{task} {k + 1}" for k in range(own)]
+            found[task] = {"experts": names, "values": rows}
+    return {"kind": "gates", "step": step, "layers": layers, "tasks": found}
+
+
+@pytest.fixture
+def make_gates():
+    return gates
+
+
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
     """Writes a whole run folder below `tmp_path` and returns it."""
 
-    def make(name: str = "demo", tasks: tuple[str, ...] = ("completion", "comment", "unit_test"), steps: int = 600, balancer: str = "coba") -> Path:
-        return write_run(tmp_path / name, list(tasks), steps, balancer)
+    def make(
+        name: str = "demo",
+        tasks: tuple[str, ...] = ("completion", "comment", "unit_test"),
+        steps: int = 600,
+        balancer: str = "coba",
+        adapter: str = "lora",
+    ) -> Path:
+        return write_run(tmp_path / name, list(tasks), steps, balancer, adapter)
 
     return make
 
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory) -> Path:
-    """A run of CoBa with its report, drawn once for all tests. Not to be changed."""
-    folder = write_run(tmp_path_factory.mktemp("report") / "demo", ["completion", "comment", "unit_test"], 120, "coba")
+    """A run of CoBa and CGC-LoRA with its report, drawn once for all tests. Not to be changed."""
+    folder = write_run(tmp_path_factory.mktemp("report") / "demo", ["completion", "comment", "unit_test"], 120, "coba", "cgc_lora")
     build_report(folder)
     return folder
 
@@ -180,11 +206,14 @@ def no_figures(monkeypatch) -> None:
         monkeypatch.setattr(module, "CHARTS", tuple(dataclasses.replace(chart, draw=lambda *_, **__: None) for chart in module.CHARTS))
 
 
-def write_run(folder: Path, tasks: list[str], steps: int, balancer: str, tensorboard: bool = False) -> Path:
+def write_run(folder: Path, tasks: list[str], steps: int, balancer: str, adapter: str = "lora", tensorboard: bool = False) -> Path:
+    clusters = {"code": tasks[:2], "other": tasks[2:]}
     with MetricsWriter(folder, tensorboard=tensorboard, wandb=None, resume_step=None) as writer:
         best = (0, 1.0)
         for record in records(tasks, steps, balancer):
             writer.write(record)
+            if record["kind"] == "validation" and adapter == "cgc_lora":
+                writer.write(gates(clusters, record["step"]))
             if record["kind"] == "validation" and record["step"] and record["mean_ratio"] < best[1]:
                 best = (record["step"], record["mean_ratio"])
                 writer.write({"kind": "event", "step": best[0], "name": "best", "why": f"mean_ratio {best[1]:.4f} is the lowest so far"})
@@ -192,7 +221,7 @@ def write_run(folder: Path, tasks: list[str], steps: int, balancer: str, tensorb
     config = {
         "run": {"name": folder.name, "dir": "runs", "seed": 1234},
         "model": {"path": "HuggingFaceTB/SmolLM2-135M-Instruct", "dtype": "bfloat16"},
-        "adapter": {"kind": "lora", "rank": 16, "alpha": 32.0},
+        "adapter": {"kind": adapter, "rank": 16, "alpha": 32.0} | ({"clusters": clusters} if adapter == "cgc_lora" else {}),
         "data": {"tasks": [{"name": task, "train": [f"{task}/train.jsonl"]} for task in tasks], "sequence_length": 2048},
         "balancer": options,
     }

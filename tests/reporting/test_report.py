@@ -120,7 +120,7 @@ def test_a_run_killed_before_its_first_step_has_a_page(tmp_path):
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_run_of_few_steps_has_all_figures(make_run, steps):
-    run = read_run(make_run(steps=steps))
+    run = read_run(make_run(steps=steps, adapter="cgc_lora"))
     for chart in run_figures.CHARTS:
         chart.draw(run).draw_without_rendering()
 

@@ -11,6 +11,7 @@ from ranks import started_command
 from toy import TASKS
 
 LORA = 'adapter={"kind": "lora", "rank": 8, "alpha": 32, "dropout": 0.1}'
+EXPERTS = 'adapter={"kind": "cgc_lora", "clusters": {"one": ["count"], "two": ["reverse", "upper"]}, "rank": 6, "dropout": 0.1}'
 NO_DROPOUT = 'adapter={"kind": "lora", "rank": 8, "alpha": 32, "dropout": 0.0}'
 
 
@@ -37,7 +38,7 @@ def train(toy, command_line):
 @pytest.mark.parametrize(
     "stage, adapter, k",
     # CoBa's warm-up ends with observation 3.
-    [(1, [], 2), (2, [LORA], 3), (3, [LORA], 5)],
+    [(1, [], 2), (2, [LORA], 3), (3, [EXPERTS], 5)],
 )
 def test_a_run_killed_after_k_steps_ends_with_the_same_bits(toy, train, stage, adapter, k):
     """Packed rows, two micro-batches a step and rank; every number of every record, parameters, optimizer and balancer states, the export."""
