@@ -4,13 +4,14 @@ from mftcoder_coba.models.adapters import adapter_names, add_adapter, check_adap
 from mftcoder_coba.models.attention import choose_attention
 from mftcoder_coba.models.cgc_lora import CgcLoraModel
 from mftcoder_coba.models.export import recover_export, write_export
-from mftcoder_coba.models.loading import load_model
+from mftcoder_coba.models.loading import check_sizes, load_model
 
 __all__ = [
     "CgcLoraModel",
     "adapter_names",
     "add_adapter",
     "check_adapter",
+    "check_sizes",
     "choose_attention",
     "count_parameters",
     "load_model",

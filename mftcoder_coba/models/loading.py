@@ -12,9 +12,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
-from mftcoder_coba.config import ModelConfig
+from mftcoder_coba.config import Config, ModelConfig
 from mftcoder_coba.errors import UserError
 from mftcoder_coba.models.quantisation import prepare_layers, quantised_loading
 
@@ -68,6 +68,27 @@ def load_model(config: ModelConfig, attention: str, quantise_on: torch.device | 
         # The re-entrant kind needs inputs that require gradients and loses RNG details; it is on its way out in torch.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def check_sizes(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
+    """Raises UserError where the model has no place for the tokenizer's tokens, or for rows of `data.sequence_length`."""
+    size = model.config.get_text_config().vocab_size
+    if len(tokenizer) > size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {size}",
+            f"model.path = {config.model.path}",
+            "use the tokenizer that belongs to the model, or enlarge the embedding and save the model first",
+        )
+    text = model.config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None)
+    # Scaled rotary embeddings reach further than this number says.
+    scaled = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
+    if longest and config.data.sequence_length > longest and not scaled:
+        raise UserError(
+            f"data.sequence_length is {config.data.sequence_length}, the model was made for at most {longest} positions",
+            "data.sequence_length",
+            "choose a smaller sequence_length, or a model for longer texts",
+        )
 
 
 def _check_folder(folder: Path, where: str) -> None:

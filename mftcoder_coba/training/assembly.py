@@ -17,7 +17,7 @@ from mftcoder_coba.data import BalancerStream, Batch, Corpus, TrainSchedule, col
 from mftcoder_coba.engine import Engine, Processes
 from mftcoder_coba.engine.engine import partitioned_loading
 from mftcoder_coba.errors import UserError
-from mftcoder_coba.models import add_adapter, choose_attention, count_parameters, load_model
+from mftcoder_coba.models import add_adapter, check_sizes, choose_attention, count_parameters, load_model
 from mftcoder_coba.objective import MultiTaskObjective
 from mftcoder_coba.planning import StepPlan, balancer_stream, plan_steps, training_schedule
 from mftcoder_coba.training.validation import Validation
@@ -140,7 +140,7 @@ def assemble(
     quantise_on = processes.device if config.adapter and config.adapter.quantised else None
     with contextlib.nullcontext() if quantise_on else partitioned_loading(deepspeed_config):
         model = add_adapter(load_model(config.model, attention, quantise_on), config.adapter, corpus.tasks)
-    _check_sizes(model, tokenizer, config)
+    check_sizes(model, tokenizer, config)
     total, trainable = count_parameters(model)
     objective = MultiTaskObjective(model, len(corpus.tasks))
     engine = Engine(
@@ -181,23 +181,3 @@ def _first_tokens(corpus: Corpus, device: torch.device) -> tuple[torch.Tensor, t
     ids, _ = corpus.splits["train"][0].sample(0)
     ids = torch.from_numpy(np.array(ids[:32], dtype=np.int64))[None].to(device)
     return ids, torch.arange(ids.shape[1], device=device)[None]
-
-
-def _check_sizes(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
-    size = model.config.get_text_config().vocab_size
-    if len(tokenizer) > size:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model's embedding {size}",
-            f"model.path = {config.model.path}",
-            "use the tokenizer that belongs to the model, or enlarge the embedding and save the model first",
-        )
-    text = model.config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None)
-    # Scaled rotary embeddings reach further than this number says.
-    scaled = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default") != "default"
-    if longest and config.data.sequence_length > longest and not scaled:
-        raise UserError(
-            f"data.sequence_length is {config.data.sequence_length}, the model was made for at most {longest} positions",
-            "data.sequence_length",
-            "choose a smaller sequence_length, or a model for longer texts",
-        )
