@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -132,20 +132,43 @@ def compare(
         ),
     ] = [],  # noqa: B006
     plan: Annotated[
-        Path | None, typer.Option(help='a JSON file of methods with settings: {"coba-paired": {"kind": "coba", "slope": "paired"}}')
+        Path | None,
+        typer.Option(
+            help='a JSON file of methods with settings: {"coba-paired": {"kind": "coba", "slope": "paired"}, '
+            '"lora-per-task": {"per_task": true, "adapter": {"kind": "lora", "rank": 4}}, '
+            '"full": {"adapter": null, "training": {"learning_rate": 1e-5}, "balancer": {"kind": "uniform"}}}; '
+            "what a method does not name is the experiment's"
+        ),
     ] = None,
     seeds: Annotated[list[int], typer.Option("--seeds", help="may be repeated; else the experiment's")] = [],  # noqa: B006
     overrides: Overrides = [],  # noqa: B006
     launcher: Annotated[str, typer.Option(help='what starts each run on several processes, e.g. "deepspeed --num_gpus 2"')] = "",
     keep_models: Annotated[bool, typer.Option("--keep-models", help="keep the best model of each run")] = False,
 ) -> None:
-    """Train with several balancers and seeds, all else being equal, and write tables and figures."""
+    """Train with several balancers, adapters and seeds, all else being equal, and write tables and figures."""
     from mftcoder_coba.config import load_config
 
     keep_libraries_in(cache_folder(load_config(config, overrides).data.cache_dir))
     from mftcoder_coba.comparing import compare as run_comparison
 
     run_comparison(config, out, methods, plan, seeds, overrides, launcher, keep_models)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_EXPORT", help="a run folder, or the folder of an adapter")],
+    out: Annotated[Path, typer.Option(help="a new folder; without --task, each task has one below it")],
+    task: Annotated[str | None, typer.Option(help="one task of an adapter with experts; else all")] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="a full model with the adapter merged in, instead of a plain LoRA adapter")] = False,
+    base_model: Annotated[str | None, typer.Option(help="a Hugging Face folder or hub id to merge into; else the one that the adapter names")] = None,
+    dtype: Annotated[Literal["bfloat16", "float32"] | None, typer.Option(help="of the full model; else the base model's own")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="run Python code that comes with the base model")] = False,
+) -> None:
+    """Write adapters in the forms that servers load: a plain LoRA adapter for each task, or merged full models."""
+    keep_libraries_in(cache_folder(None))
+    from mftcoder_coba.models.exporting import export as run_export
+
+    print("\n".join(run_export(source, out, task, merged, base_model, dtype, trust_remote_code)))
 
 
 @app.command()

@@ -1,6 +1,6 @@
-"""Which balancer is best on these tasks, and why? Ordinary runs that differ in the balancer alone, and tables of what they came to.
+"""Which balancer, which adapter is best on these tasks, and why? Ordinary runs that differ in these alone, and tables of what they came to.
 
-methods   names of methods -> `balancer` sections; `single_task`
+methods   names and plan file -> methods: what each changes in the experiment
 runs      pure: base config, methods, seeds -> configs and steps of all runs
 folder    what the comparison was made from, so that nothing else gets into its tables
 running   runs as subprocesses of `train`; which are finished
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mftcoder_coba.comparing.folder import claim, lock
-from mftcoder_coba.comparing.methods import SINGLE_TASK, Methods, built_in, choose_methods
+from mftcoder_coba.comparing.methods import SINGLE_TASK, Method, Methods, built_in, choose_methods
 from mftcoder_coba.comparing.results import Outcome, Value, values_of
 from mftcoder_coba.comparing.running import command_of, drop_models, is_finished, last_recorded_step, run_to_end
 from mftcoder_coba.comparing.runs import PlannedRun, check_methods, plan_runs
@@ -27,6 +27,7 @@ from mftcoder_coba.errors import RunFailure, UserError
 
 __all__ = [
     "SINGLE_TASK",
+    "Method",
     "Methods",
     "Outcome",
     "PlannedRun",
@@ -57,7 +58,7 @@ def compare(
     Tables are written anew after each run, figures and the page at the end.
 
     Args:
-        config: the experiment; its `balancer`, its seed and its patience are replaced in every run.
+        config: the experiment; its seed and its patience are replaced in every run, and what the method changes.
         out: the folder of the comparison.
         methods: built-in names, see `methods.built_in`; with neither these nor a plan, all of them.
         plan: a JSON file of methods with settings, see `methods.choose_methods`.
@@ -76,7 +77,7 @@ def compare(
     """
     out = out.absolute()
     base = load_config(config, overrides)
-    chosen = choose_methods(methods, plan)
+    chosen = choose_methods(base, methods, plan)
     check_methods(base, chosen)
     _check_seeds(seeds)
     command_of(launcher, config)

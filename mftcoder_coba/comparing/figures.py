@@ -15,6 +15,7 @@ from mftcoder_coba.comparing.results import Outcome
 from mftcoder_coba.reporting.figures import GREY, Chart, Sheet, dashed_entry, extent, is_noisy, limit, png
 from mftcoder_coba.reporting.run_figures import coba_scores
 
+LEVEL = (4, 3)  # dashes of a line across
 SELECTED = Line2D([], [], color=GREY, linewidth=1.1, dashes=(1, 2), label="selected checkpoint, of each seed")
 
 
@@ -34,8 +35,8 @@ def charts_of(outcomes: Sequence[Outcome], tasks: Sequence[str]) -> list[Chart]:
         Chart(
             "mean_ratio",
             "Mean validation ratio",
-            "Mean over tasks of the validation ratio; below, the same lines near their lowest. A dashed level line is single_task: every task by a "
-            "model of its own, each at its best checkpoint.",
+            "Mean over tasks of the validation ratio; below, the same lines near their lowest. "
+            "A dashed level line is every task by a model of its own, each at its best checkpoint.",
             lambda narrow=False: mean_ratio(curves, last, narrow),
         ),
         Chart(
@@ -93,18 +94,19 @@ def mean_ratio(curves: Sequence[Curves], last: int, narrow: bool) -> Figure | No
     singles = {of.method: of.best for of in curves if of.single and np.isfinite(of.best)}
     if not shown:
         return None
-    sheet = Sheet(list(shown), last, narrow)
+    sheet = Sheet([*shown, *singles], last, narrow)
+    sheet.styles |= {method: (sheet.styles[method][0], LEVEL) for method in singles}
     panels = sheet.panels(2, height=2.4 if narrow else 3.0)
     for axes in panels:
         for method, (steps, values) in shown.items():
             sheet.line(axes, method, steps, values)
-        for value in singles.values():
-            sheet.level(axes, value)
+        for method, value in singles.items():
+            axes.axhline(value, color=sheet.styles[method][0], linewidth=1.1, dashes=LEVEL)
         axes.set_ylabel("mean validation ratio")
     # Minima and ends are where methods differ; what comes before them would press that flat.
     low, high = extent([np.array([value for _, values in shown.values() for value in (values.min(), values[-1])])])
     limit(panels[1], low - 0.1 * (high - low), high + 0.3 * (high - low))
-    return sheet.finish([dashed_entry(method) for method in singles])
+    return sheet.finish()
 
 
 def weights(curves: Sequence[Curves], tasks: Sequence[str], last: int, narrow: bool) -> Figure | None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mftcoder_coba.comparing.methods import Methods
+from mftcoder_coba.comparing.methods import Methods, folder_name
 from mftcoder_coba.comparing.runs import PlannedRun
 from mftcoder_coba.config import Config
 from mftcoder_coba.data import Corpus
@@ -54,6 +54,8 @@ def claim(out: Path, base: Config, methods: Methods, launcher: str, corpus: Corp
     file = out / PLAN_FILE
     if file.is_file():
         old = _read(file)
+        # A method that never began may change: its settings were refused, say.
+        old["methods"] = {name: section for name, section in old["methods"].items() if _began(out, name, corpus.tasks)}
         _refuse_changes(old, plan, file)
         plan["methods"] = old["methods"] | plan["methods"]
     else:
@@ -72,7 +74,13 @@ def written_plan(base: Config, methods: Methods, launcher: str, corpus: Corpus) 
     and what is logged changes nothing."""
     experiment = base.model_dump(exclude={"run": {"name", "dir", "seed"}, "balancer": True, "checkpoint": True, "tracking": True})
     data = {task: {split: _counts(part) for split, part in splits.items() if split != "test"} for task, splits in corpus.accounting.items()}
-    return {"experiment": experiment, "data": data, "launcher": launcher, "methods": methods}
+    return {"experiment": experiment, "data": data, "launcher": launcher, "methods": {name: method.written() for name, method in methods.items()}}
+
+
+def _began(out: Path, method: str, tasks: Sequence[str]) -> bool:
+    """Whether there is a run folder of the method, with any seed."""
+    stem = folder_name(method)
+    return any(next(out.glob(f"{start}-seed*"), None) for start in (stem, *(f"{stem}-{task}" for task in tasks)))
 
 
 def _counts(part: Any) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Run folders -> the numbers that are compared, one by one. Pure but for reading.
 
-A mixture run has its values in one folder, `single_task` in one folder per task. What is about all tasks of a run has a name in parentheses
-in the place of the task, which no task can have.
+A mixture run has its values in one folder, a method with a model per task in one folder per task. What is about all tasks of a run has a
+name in parentheses in the place of the task, which no task can have.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 
 from mftcoder_coba.comparing.runs import PlannedRun
 from mftcoder_coba.reporting import Run, read_run
+from mftcoder_coba.reporting.comparison import SAME_START
 from mftcoder_coba.reporting.summary import best_step, seconds_per_step
 
 MEAN, RANGE, DEVIATION, ALL = "(mean)", "(range)", "(deviation)", "(all)"
@@ -52,7 +53,7 @@ def values_of(outcomes: Sequence[Outcome], tasks: Sequence[str], reference: str 
 
     Args:
         tasks: of the mixture, in order.
-        reference: the method that times are relative to (`uniform`), if it is there.
+        reference: the method that times are relative to, if there is one.
 
     Returns:
         per method and seed, in the order of the outcomes:
@@ -64,15 +65,16 @@ def values_of(outcomes: Sequence[Outcome], tasks: Sequence[str], reference: str 
                                   standard deviation over tasks
         steps, seconds_per_step   see `summary.seconds_per_step`; for single-task runs of all their steps together
         relative_time             seconds_per_step over that of the reference with the same seed
+        trained_parameters        of the run; for single-task runs of all of them together
 
-        A mean over tasks is there only if all tasks are.
+        A mean over tasks, or a sum, is there only if all tasks are.
     """
     groups: dict[tuple[str, int], list[Outcome]] = {}
     for outcome in outcomes:
         groups.setdefault((outcome.method, outcome.seed), []).append(outcome)
     values = []
     for (method, seed), members in groups.items():
-        found = _of_tasks(members, tasks) | _of_steps(members, tasks) | _of_time(members)
+        found = _of_tasks(members, tasks) | _of_steps(members, tasks) | _of_time(members) | _of_size(members, tasks)
         values += [Value(method, seed, task, metric, value) for (metric, task), value in found.items() if np.isfinite(value)]
     seconds = {(value.method, value.seed): value.value for value in values if value.metric == "seconds_per_step"}
     for (method, seed), own in seconds.items():
@@ -119,3 +121,21 @@ def _of_time(members: Sequence[Outcome]) -> dict[tuple[str, str], float]:
         return {}
     seconds = [seconds_per_step(outcome.run) for outcome in members]
     return {("steps", ALL): float(sum(steps)), ("seconds_per_step", ALL): float(np.average(seconds, weights=steps))}
+
+
+def _of_size(members: Sequence[Outcome], tasks: Sequence[str]) -> dict[tuple[str, str], float]:
+    counts = [float(outcome.run.environment.get("parameters", {}).get("trainable", np.nan)) for outcome in members]
+    whole = members[0].task is None or {outcome.task for outcome in members} == set(tasks)
+    return {("trained_parameters", ALL): sum(counts) if whole else np.nan}
+
+
+def starts_apart(outcomes: Sequence[Outcome], tasks: Sequence[str]) -> list[str]:
+    """Tasks whose validation loss before training is not the same in all runs, as with a quantised base model or an adapter trained before."""
+    found = []
+    for task in tasks:
+        series = [outcome.run.metrics.validation for outcome in outcomes if outcome.task in (None, task)]
+        losses = np.array([validation.of_task(task, "loss")[0] for validation in series if len(validation) and validation.steps[0] == 0])
+        losses = losses[np.isfinite(losses)]
+        if len(losses) and np.ptp(losses) > SAME_START * losses.max():
+            found.append(task)
+    return found

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mftcoder_coba.balancing import resolve
-from mftcoder_coba.comparing.methods import SINGLE_TASK, Methods, folder_name
-from mftcoder_coba.config import Config, validate
+from mftcoder_coba.comparing.methods import Method, Methods, folder_name
+from mftcoder_coba.config import CgcLoraConfig, Config, validate
 from mftcoder_coba.data import Corpus, TrainSchedule
 from mftcoder_coba.errors import UserError
 from mftcoder_coba.planning import StepPlan, balancer_stream, plan_steps, training_schedule
@@ -18,7 +18,7 @@ from mftcoder_coba.planning import StepPlan, balancer_stream, plan_steps, traini
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """`task`: the one task of a run of `single_task`; None: all tasks. `total_steps`: the step whose validation ends the run."""
+    """`task`: the one task of a run of a method with a model per task; None: all tasks. `total_steps`: the step whose validation ends the run."""
 
     method: str
     seed: int
@@ -36,17 +36,17 @@ class PlannedRun:
 
 
 def check_methods(base: Config, methods: Methods) -> None:
-    """Raises UserError for a section that the config does not allow, before any data is read."""
-    for name, section in methods.items():
-        if section is not None:
-            validate(base.model_dump() | {"balancer": section}, f"method {name}")
+    """Raises UserError for a method that does not fit the experiment, before any data is read."""
+    for name, method in methods.items():
+        _config_of(base, name, method)
 
 
 def plan_runs(base: Config, methods: Methods, seeds: Sequence[int], out: Path, corpus: Corpus, alone: bool) -> list[PlannedRun]:
     """The runs, in the order in which they are made: all methods of a seed, then the next seed.
 
-    Runs of one seed have the same initial values, data order, validation mini-batches and number of steps. A balancer that draws random
-    numbers of its own draws with the seed of the run, unless its settings name another.
+    Runs of one seed have the same data order, validation mini-batches and number of steps, and draw the initial values of their adapters
+    with the same seed: those of one adapter are the same. A balancer that draws random numbers of its own draws with the seed of the run,
+    unless its settings name another.
 
     Args:
         out: absolute; run folders lie in it.
@@ -66,15 +66,16 @@ def plan_runs(base: Config, methods: Methods, seeds: Sequence[int], out: Path, c
         schedule = training_schedule(seeded, corpus.splits["train"])
         plan = plan_steps(seeded, schedule, 1)  # the number of steps does not depend on that of processes
         stream = balancer_stream(seeded, corpus.splits["valid"], seeded.validation.balancer_rows_per_rank)
-        for method, section in methods.items():
-            if section is None:
-                runs += [_single_task(seeded, method, number, schedule, plan, corpus) for number in range(len(corpus.tasks))]
+        for name, method in methods.items():
+            config = _config_of(seeded, name, method)
+            if method.balancer is None:
+                runs += [_single_task(config, name, number, schedule, plan, corpus) for number in range(len(corpus.tasks))]
                 continue
-            name = f"{folder_name(method)}-seed{seed}"
-            config = validate(_changed(seeded.model_dump(), {"run.name": name, "balancer": _seeded(section, seeded)}), f"method {method}")
+            changes = {"run.name": f"{folder_name(name)}-seed{seed}", "balancer": _seeded(method.balancer, config)}
+            config = validate(_changed(config.model_dump(), changes), f"method {name}")
             if alone and stream:
                 resolve(config.balancer, stream.coverage)
-            runs.append(PlannedRun(method, seed, None, config, plan.total_steps))
+            runs.append(PlannedRun(name, seed, None, config, plan.total_steps))
     _names_differ(runs)
     return runs
 
@@ -90,6 +91,19 @@ def passes_made(schedule: TrainSchedule, plan: StepPlan) -> list[float]:
     return [math.floor(passes * epochs * 1e9 + 1e-3) / 1e9 for passes in schedule.passes_per_epoch]
 
 
+def _config_of(base: Config, name: str, method: Method) -> Config:
+    """The experiment with the method's sections.
+
+    Raises:
+        UserError: a section that the config does not allow; clusters of tasks for models of one task.
+    """
+    config = validate(method.over(base.model_dump()), f"method {name}")
+    if method.per_task and isinstance(config.adapter, CgcLoraConfig):
+        fix = f'give the method an adapter of its own in a --plan file: {{"{name}": {{"per_task": true, "adapter": {{"kind": "lora"}}}}}}'
+        raise UserError("the method trains a model per task, and the adapter cgc_lora has clusters of several tasks", f"method {name}", fix)
+    return config
+
+
 def _single_task(mixture: Config, method: str, number: int, schedule: TrainSchedule, plan: StepPlan, corpus: Corpus) -> PlannedRun:
     """One task alone: as many passes over its data as the mixture makes, in steps of as many rows.
 
@@ -101,7 +115,6 @@ def _single_task(mixture: Config, method: str, number: int, schedule: TrainSched
     changes = {
         "run.name": f"{folder_name(method)}-{task}-seed{seed}",
         "data.tasks": [part],
-        "balancer": {"kind": "uniform"},
         "training.epochs": passes_made(schedule, plan)[number],
         "training.max_steps": None,
         "validation.early_stopping.criterion": "mean_ratio",  # of the one task
@@ -120,10 +133,8 @@ def _single_task(mixture: Config, method: str, number: int, schedule: TrainSched
 def _tree(base: Config, out: Path, seed: int) -> dict[str, Any]:
     """What all runs have in common. Nobody stops early: every method gets the whole budget, and its best step is still selected."""
     changes = {
-        "run.name": f"{SINGLE_TASK}-seed{seed}",
         "run.dir": str(out),
         "run.seed": seed,
-        "balancer": {"kind": "uniform"},
         "validation.early_stopping.patience": None,
         "checkpoint.keep": 1,
         "checkpoint.resume": "auto",
@@ -132,8 +143,8 @@ def _tree(base: Config, out: Path, seed: int) -> dict[str, Any]:
 
 
 def _seeded(section: dict[str, Any], config: Config) -> dict[str, Any]:
-    has_seed = "seed" in type(validate(config.model_dump() | {"balancer": section}, "method").balancer).model_fields
-    return {"seed": config.run.seed, **section} if has_seed else section
+    """A balancer's section, with the run's seed if it draws random numbers and names no seed. `config` holds it, validated."""
+    return {"seed": config.run.seed, **section} if "seed" in type(config.balancer).model_fields else section
 
 
 def _changed(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

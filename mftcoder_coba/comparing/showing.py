@@ -11,7 +11,7 @@ from typing import Any
 
 from mftcoder_coba.comparing.figures import charts_of, draw
 from mftcoder_coba.comparing.methods import Methods
-from mftcoder_coba.comparing.results import Outcome, Value, read_outcomes, values_of
+from mftcoder_coba.comparing.results import Outcome, Value, read_outcomes, starts_apart, values_of
 from mftcoder_coba.comparing.runs import PlannedRun
 from mftcoder_coba.comparing.tables import Table, build_tables, seeds_note, to_csv, to_markdown, values_csv
 from mftcoder_coba.reporting.pages import png_uri
@@ -42,20 +42,21 @@ def write_tables(comparison: Comparison, finished: Sequence[PlannedRun]) -> tupl
         UserError: a file of a run folder is broken.
     """
     outcomes = read_outcomes(finished)
-    reference = next((name for name, section in comparison.methods.items() if section and section["kind"] == "uniform"), None)
+    reference = _reference(comparison.methods)
     values = values_of(outcomes, comparison.tasks, reference)
     tables = build_tables(
         values,
         _finished_seeds(comparison, finished),
         len(comparison.seeds),
         comparison.tasks,
-        [name for name, section in comparison.methods.items() if section is None],
+        [name for name, method in comparison.methods.items() if method.per_task],
+        reference or "uniform",
     )
     _write(comparison.out / "compare.csv", values_csv(_in_order(values, comparison)))
     for table in tables:
         _write(comparison.out / f"compare-{table.name}.csv", to_csv(table))
-    head = ["# Comparison of balancers", "", *(f"- {line}" for line in facts(comparison, finished, outcomes))]
-    _write(comparison.out / "compare.md", to_markdown(tables, head))
+    head = [f"# {_title(comparison.methods)}", "", *(f"- {line}" for line in facts(comparison, finished, outcomes))]
+    _write(comparison.out / "compare.md", to_markdown(tables, head, settings_of(comparison)))
     return outcomes, tables
 
 
@@ -66,11 +67,11 @@ def write_page(comparison: Comparison, finished: Sequence[PlannedRun]) -> Path:
     return write_html(
         comparison.out / "compare.html",
         Path(__file__).with_name("comparison.html"),
-        title=f"Comparison of balancers: {comparison.experiment['run']['name']}",
+        title=f"{_title(comparison.methods)}: {comparison.experiment['run']['name']}",
         facts=facts(comparison, finished, outcomes),
         tables=tables,
         charts=[{"chart": drawn["chart"], "wide": png_uri(drawn["wide"]), "narrow": png_uri(drawn["narrow"])} for drawn in charts],
-        methods=[(name, "one model per task" if section is None else json.dumps(section)) for name, section in comparison.methods.items()],
+        methods=settings_of(comparison),
         config=json.dumps(comparison.experiment, indent=2, ensure_ascii=False),
     )
 
@@ -84,13 +85,20 @@ def facts(comparison: Comparison, finished: Sequence[PlannedRun], outcomes: Sequ
     ]
     if steps:
         number = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,} (each seed packs its data in its own order)"
-        shared = "runs of one seed share initial values, data order and validation mini-batches"
+        adapters = " of each adapter" if any("adapter" in method.changes for method in comparison.methods.values()) else ""
+        shared = f"runs of one seed share initial values{adapters}, data order and validation mini-batches"
         told.append(f"Every method trains for {number} steps and is validated every {interval:,}; {shared}.")
-    singles = [run for run in comparison.runs if run.task is not None and run.seed == comparison.seeds[0]]
+    singles = [name for name, method in comparison.methods.items() if method.per_task]
     if singles:
-        passes = ", ".join(f"{run.task} {run.total_steps:,} ({run.config.training.epochs:.3g} passes)" for run in singles)
-        what = f"{singles[0].method} trains a model per task, with as many passes over the task's data as the mixture and the same global batch"
-        told.append(f"{what}; steps with seed {singles[0].seed}: {passes}.")
+        runs = [run for run in comparison.runs if run.method == singles[0] and run.seed == comparison.seeds[0]]
+        passes = ", ".join(f"{run.task} {run.total_steps:,} ({run.config.training.epochs:.3g} passes)" for run in runs)
+        who = f"{', '.join(singles)}: a model per task"
+        told.append(
+            f"{who}, with as many passes over the task's data as the mixture and the same global batch; steps with seed {runs[0].seed}: {passes}."
+        )
+    apart = starts_apart(outcomes, comparison.tasks)
+    if apart:
+        told.append(f"Not all runs start from the same validation loss of {', '.join(apart)}: ratios have different denominators; compare losses.")
     told.append(seeds_note(len(comparison.seeds)))
     told.append("Checkpoints are selected by the validation data that the tables show, which flatters all methods alike a little.")
     sizes = sorted({(str(outcome.run.environment.get("device")), outcome.run.environment.get("world_size")) for outcome in outcomes}, key=str)
@@ -101,6 +109,32 @@ def facts(comparison: Comparison, finished: Sequence[PlannedRun], outcomes: Sequ
     if missing:
         told.append(f"Not finished, and left out: {', '.join(missing)}. Means of methods with other seeds do not compare exactly.")
     return told
+
+
+def settings_of(comparison: Comparison) -> list[list[str]]:
+    """What the methods are: a header, then a row for each. Adapter and learning rate are there if some method changes them."""
+    header, rows = ["method", "balancer"], []
+    changed = [part for part in ("adapter", "training") if any(part in method.changes for method in comparison.methods.values())]
+    header += [{"adapter": "adapter", "training": "learning rate"}[part] for part in changed]
+    for name, method in comparison.methods.items():
+        config = next(run.config for run in comparison.runs if run.method == name)
+        adapter = {"kind": config.adapter.kind} | config.adapter.model_dump(exclude_none=True) if config.adapter else None
+        shown = {"adapter": json.dumps(adapter) if adapter else "none: all parameters are trained", "training": f"{config.training.learning_rate:g}"}
+        balancer = json.dumps(method.balancer) if method.balancer else "none: one model per task"
+        rows.append([name, balancer, *(shown[part] for part in changed)])
+    return [header, *rows]
+
+
+def _title(methods: Methods) -> str:
+    return "Comparison of methods" if any(method.changes for method in methods.values()) else "Comparison of balancers"
+
+
+def _reference(methods: Methods) -> str | None:
+    """What times are relative to: of balancers `uniform`, which costs nothing; where methods differ in more, the first that trains one model."""
+    shared = {name: method for name, method in methods.items() if method.balancer}
+    if any(method.changes for method in methods.values()):
+        return next(iter(shared), None)
+    return next((name for name, method in shared.items() if method.balancer["kind"] == "uniform"), None)
 
 
 def _finished_seeds(comparison: Comparison, finished: Sequence[PlannedRun]) -> dict[str, int]:

@@ -17,13 +17,20 @@ ABSENT = "–"
 
 @dataclass(frozen=True)
 class Column:
-    """A metric of a task, or of all. `decimals`: of a mean of this size and its deviation. `marked`: less is better, and the least is marked."""
+    """A metric of a task, or of all.
+
+    Attributes:
+        decimals: of a mean of this size and its deviation.
+        marked: less is better, and the least is marked.
+        exact: a count that does not depend on the seed: shown in all its digits.
+    """
 
     title: str
     metric: str
     task: str
     decimals: Callable[[float], int]
     marked: bool
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,13 +64,21 @@ class Table:
     notes: list[str]
 
 
-def build_tables(values: Sequence[Value], finished: Mapping[str, int], seeds: int, tasks: Sequence[str], singles: Sequence[str]) -> list[Table]:
+def build_tables(
+    values: Sequence[Value],
+    finished: Mapping[str, int],
+    seeds: int,
+    tasks: Sequence[str],
+    singles: Sequence[str],
+    reference: str = "uniform",
+) -> list[Table]:
     """All tables; rows by mean ratio, the best first.
 
     Args:
         finished: method -> seeds whose runs are all finished.
         seeds: seeds of the comparison.
-        singles: methods that train a model per task: they are no balancer and are not marked.
+        singles: methods that train a model per task; what they come to is not of one model, and not marked.
+        reference: the method that times are relative to.
     """
     samples: dict[tuple[str, str, str], list[float]] = {}
     for value in values:
@@ -75,7 +90,7 @@ def build_tables(values: Sequence[Value], finished: Mapping[str, int], seeds: in
 
     order = sorted(finished, key=ratio)
     tables = []
-    for name, title, columns, notes in _layouts(tasks, ", ".join(singles)):
+    for name, title, columns, notes in _layouts(tasks, ", ".join(singles), reference, _sizes_differ(values)):
         cells = {column: _cells(column, order, samples, singles) for column in columns}
         rows = []
         for number, method in enumerate(order):
@@ -85,6 +100,10 @@ def build_tables(values: Sequence[Value], finished: Mapping[str, int], seeds: in
     return tables
 
 
+def _sizes_differ(values: Sequence[Value]) -> bool:
+    return len({value.value for value in values if value.metric == "trained_parameters"}) > 1
+
+
 def _cells(column: Column, methods: Sequence[str], samples: Mapping[tuple[str, str, str], list[float]], singles: Sequence[str]) -> list[Cell]:
     cells, candidates = [], []
     for method in methods:
@@ -92,8 +111,8 @@ def _cells(column: Column, methods: Sequence[str], samples: Mapping[tuple[str, s
         mean = float(np.mean(found)) if found else math.nan
         deviation = float(np.std(found, ddof=1)) if len(found) > 1 else math.nan
         decimals = column.decimals(mean) if found else 0
-        text = _text(mean, decimals) if found else ABSENT
-        cells.append(Cell(text, _text(deviation, decimals) if len(found) > 1 else "", False, mean, deviation))
+        text = f"{mean:,.0f}" if found and column.exact else _text(mean, decimals) if found else ABSENT
+        cells.append(Cell(text, _text(deviation, decimals) if len(found) > 1 and not column.exact else "", False, mean, deviation))
         if found and method not in singles:
             candidates.append((mean, text))
     if not column.marked or len(candidates) < 2:  # one number alone is not the best of any
@@ -102,8 +121,8 @@ def _cells(column: Column, methods: Sequence[str], samples: Mapping[tuple[str, s
     return [replace(cell, best=cell.text == least and method not in singles) for cell, method in zip(cells, methods, strict=True)]
 
 
-def _layouts(tasks: Sequence[str], singles: str) -> list[tuple[str, str, list[Column], list[str]]]:
-    """(name, title, columns, notes) of each table."""
+def _layouts(tasks: Sequence[str], singles: str, reference: str, sizes: bool) -> list[tuple[str, str, list[Column], list[str]]]:
+    """(name, title, columns, notes) of each table. `sizes`: with the numbers of trained parameters."""
 
     def per_task(metric: str, decimals: Callable[[float], int], marked: bool = True) -> list[Column]:
         return [Column(task, metric, task, decimals, marked) for task in tasks]
@@ -112,6 +131,7 @@ def _layouts(tasks: Sequence[str], singles: str) -> list[tuple[str, str, list[Co
     selected = Column("selected step", "selected_step", ALL, _whole, False)
     spread = Column("range of lowest steps", "lowest_step", RANGE, _whole, True)
     time = Column("relative time", "relative_time", ALL, _two, True)
+    trained = Column("trained parameters", "trained_parameters", ALL, _whole, False, exact=True)
     at_best = "at the selected checkpoint: the validation that is best by validation.early_stopping.criterion over the whole run"
     lowest = "lowest step of a task: the step of the validation after the start where its ratio is lowest, of equal ones the first"
     ratio = "ratio: full validation loss (mean over tokens) over that before training"
@@ -120,16 +140,18 @@ def _layouts(tasks: Sequence[str], singles: str) -> list[tuple[str, str, list[Co
         "seconds a step: median seconds of training steps, plus the median seconds of the balancer's observations times the part of the steps "
         "that have one; without validation, checkpoints and the start of the process"
     )
-    relative = "relative time: seconds a step over those of uniform with the same seed"
-    own = [f"{singles}: each task from a run of its own, selected by its own ratio; not marked, for it is no balancer but a model per task"]
+    relative = f"relative time: seconds a step over those of {reference} with the same seed"
+    size = "trained parameters: of the model, or of the adapter" + (f"; {singles}: of the runs of all tasks together" if singles else "")
+    own = [f"{singles}: each task from a run of its own, selected by its own ratio; not marked, for it is not one model but a model per task"]
     own_steps = [f"{singles}: steps of each task's own run; these are on no common scale and have no range"]
     layouts = [
         (
             "overview",
             "Overview",
-            [mean_ratio, selected, spread, time],
+            [mean_ratio, *([trained] * sizes), selected, spread, time],
             [
                 f"mean ratio: mean over tasks of the {ratio}, {at_best}",
+                *([size] * sizes),
                 "selected step: the step of this checkpoint",
                 f"{balance}; {lowest}",
                 f"{relative}; {seconds}",
@@ -174,8 +196,8 @@ def seeds_note(seeds: int) -> str:
     return f"Mean ± standard deviation (n - 1) over {seeds} seeds. Bold: the least mean of a column; it is not claimed to be significant."
 
 
-def to_markdown(tables: Sequence[Table], head: Sequence[str]) -> str:
-    """`head`: lines above the tables."""
+def to_markdown(tables: Sequence[Table], head: Sequence[str], settings: Sequence[Sequence[str]] = ()) -> str:
+    """`head`: lines above the tables. `settings`: the cells of a last table, row by row, header first."""
     parts = ["\n".join(head)]
     for table in tables:
         lines = [f"## {table.title}", "", _line(["method", *(column.title for column in table.columns)])]
@@ -184,6 +206,9 @@ def to_markdown(tables: Sequence[Table], head: Sequence[str]) -> str:
             name = f"{_escaped(row.method)} ({row.note})" if row.note else _escaped(row.method)
             lines.append(_line([name, *(_markdown_cell(cell) for cell in row.cells)]))
         parts.append("\n".join([*lines, "", *(f"- {_escaped(note)}" for note in table.notes)]))
+    if settings:
+        header, *rows = ([_escaped(cell) for cell in row] for row in settings)
+        parts.append("\n".join(["## How it was run", "", _line(header), "|---" * len(header) + "|", *map(_line, rows)]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -217,7 +242,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("*", "\\*").replace("_", "\\_")
+    return text.replace("*", "\\*").replace("_", "\\_").replace("|", "\\|")
 
 
 def _four(_: float) -> int:

@@ -75,12 +75,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     return tree
 
 
+# Objects that say something only as a whole.
+WHOLE = {"clusters"}
+
+
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` wins, key by key. An object with another `kind` replaces the base's object whole: its keys mean something else."""
+    """`over` wins, key by key. An object with another `kind` replaces the base's object whole: its keys mean something else;
+    so does one of `WHOLE`."""
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict)
+        both = key not in WHOLE and isinstance(old, dict) and isinstance(value, dict)
         if both and value.get("kind", old.get("kind")) == old.get("kind"):
             result[key] = merged(old, value)
         else:

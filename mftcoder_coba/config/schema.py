@@ -74,6 +74,10 @@ class ExpertsConfig(LowRankConfig):
         None, description='clusters, or "CLUSTER/TASK" for what belongs to a task alone; all else stays as it is. null: all that is named here'
     )
 
+    def _check_rank(self, experts: int, of: str = "") -> None:
+        if self.rank < experts:
+            raise ValueError(f"`rank` is {self.rank}, to be shared by {experts} experts{of}: set it to at least {experts}, or have fewer experts")
+
 
 class CgcLoraConfig(ExpertsConfig):
     """CGC-LoRA, arXiv 2402.01684: each cluster of tasks has experts that are common to its tasks, and experts of each task."""
@@ -95,6 +99,8 @@ class CgcLoraConfig(ExpertsConfig):
             raise ValueError(f"`clusters` names {', '.join(twice)} twice: a task belongs to one cluster")
         if self.common_experts + self.task_experts == 0:
             raise ValueError("`common_experts` and `task_experts` are both 0: a task would have no expert")
+        for cluster, tasks in self.clusters.items():
+            self._check_rank(self.common_experts + self.task_experts * (len(tasks) if self.budget == "cluster" else 1), f" of the cluster {cluster}")
         return self
 
 
@@ -103,6 +109,11 @@ class MoeLoraConfig(ExpertsConfig):
 
     kind: Literal["moe_lora"]
     experts: Positive = 8
+
+    @model_validator(mode="after")
+    def _experts_have_ranks(self) -> MoeLoraConfig:
+        self._check_rank(self.experts)
+        return self
 
 
 AdapterConfig = Annotated[LoraConfig | CgcLoraConfig | MoeLoraConfig, Field(discriminator="kind")]
@@ -417,6 +428,11 @@ class Config(Section):
         if isinstance(self.balancer, FixedConfig) and set(self.balancer.weights) != set(names):
             missing, unknown = sorted(set(names) - set(self.balancer.weights)), sorted(set(self.balancer.weights) - set(names))
             raise ValueError(f"balancer.weights must name every task once; missing: {missing or 'none'}, unknown: {unknown or 'none'}")
+        if isinstance(self.adapter, CgcLoraConfig) and self.adapter.initial_adapter is None:
+            clustered = {task for tasks in self.adapter.clusters.values() for task in tasks}
+            missing, unknown = sorted(set(names) - clustered), sorted(clustered - set(names))
+            if missing or unknown:
+                raise ValueError(f"adapter.clusters must name every task once; missing: {missing or 'none'}, not in data.tasks: {unknown or 'none'}")
         criterion = self.validation.early_stopping.criterion
         if criterion.startswith("task:") and criterion[5:] not in names:
             raise ValueError(f"validation.early_stopping.criterion names the task {criterion[5:]!r}; tasks: {', '.join(names)}")

@@ -30,7 +30,7 @@ SHAPES: dict[str, dict[str, type | tuple[type, ...]]] = {
         "balancer": dict,
         "balancer.kind": str,
     },
-    "environment": {"plan": dict},
+    "environment": {"plan": dict, "parameters": dict, "parameters.trainable": (int, float)},
     "accounting": {"tasks": dict},
     "best": {"step": int, "criterion": str, "value": (int, float)},
 }

@@ -47,9 +47,17 @@ def corpus() -> Corpus:
 
 
 def write_run(
-    folder: Path, ratios: dict[str, Sequence[float]], best: int, every: int = 10, train: float = 1.0, observing: float | None = None, **config
+    folder: Path,
+    ratios: dict[str, Sequence[float]],
+    best: int,
+    every: int = 10,
+    train: float = 1.0,
+    observing: float | None = None,
+    trained: int | None = None,
+    **config,
 ) -> Path:
-    """Validations at 0, `every`, 2 `every`, ...; the loss before training is 2 nats in each task. `best`: the selected step."""
+    """Validations at 0, `every`, 2 `every`, ...; the loss before training is 2 nats in each task. `best`: the selected step; `trained`:
+    number of trained parameters."""
     folder.mkdir(parents=True)
     records = []
     count = len(next(iter(ratios.values())))
@@ -68,6 +76,8 @@ def write_run(
     values = {task: numbers[best // every] for task, numbers in ratios.items()}
     (folder / "best.json").write_text(json.dumps({"step": best, "criterion": "mean_ratio", "value": 0.0, "values": values}), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps({"data": {"tasks": [{"name": task} for task in ratios]}, **config}), encoding="utf-8")
+    if trained is not None:
+        (folder / "environment.json").write_text(json.dumps({"parameters": {"total": 10**9, "trainable": trained}}), encoding="utf-8")
     return folder
 
 

@@ -102,6 +102,47 @@ def test_a_method_of_the_same_name_with_other_settings_is_refused(call, tmp_path
         call(methods=[], plan=plan)
 
 
+def test_another_adapter_under_the_same_name_is_refused(call, tmp_path):
+    plan = tmp_path / "methods.json"
+    for rank, refused in ((4, False), (4, False), (8, True)):
+        plan.write_text(json.dumps({"lora": {"adapter": {"kind": "lora", "rank": rank}}}))
+        if not refused:
+            call(methods=[], plan=plan, seeds=[1])
+            continue
+        with pytest.raises(UserError, match=r"methods.lora.adapter.rank: was 4, is 8"):
+            call(methods=[], plan=plan, seeds=[1])
+    assert starts(tmp_path / "out", "lora-seed1") == 1
+    # The method has the experiment's balancer, and another one is another method.
+    plan.write_text(json.dumps({"lora": {"adapter": {"kind": "lora", "rank": 4}}}))
+    with pytest.raises(UserError, match=r'methods.lora.balancer.kind: was "coba", is "uniform"'):
+        call("balancer.kind=uniform", methods=[], plan=plan, seeds=[1])
+
+
+def test_a_method_that_never_began_may_change(call, tmp_path):
+    plan = tmp_path / "methods.json"
+    plan.write_text(json.dumps({"lora": {"adapter": {"kind": "lora", "rank": 4}}}))
+    call(methods=["uniform"], plan=plan, seeds=[1], failing=["lora-seed1"])
+    plan.write_text(json.dumps({"lora": {"per_task": True}}))
+    call(methods=["uniform"], plan=plan, seeds=[1])
+    assert [starts(tmp_path / "out", name) for name in ("uniform-seed1", "lora-count-seed1")] == [1, 1]
+    plan.write_text(json.dumps({"lora": {}}))
+    with pytest.raises(UserError, match="methods.lora: was null"):
+        call(methods=["uniform"], plan=plan, seeds=[1])
+
+
+def test_methods_are_told_with_their_sections(call, tmp_path):
+    plan = tmp_path / "methods.json"
+    plan.write_text('{"full": {"training": {"learning_rate": 0.5}}, "each": {"per_task": true, "adapter": {"kind": "lora", "rank": 3}}}')
+    call(methods=["uniform"], plan=plan, seeds=[1])
+    text = (tmp_path / "out" / "compare.md").read_text()
+    assert text.startswith("# Comparison of methods\n")
+    assert "initial values of each adapter" in text and "over those of full with the same seed" in text
+    rows = [line for line in text[text.index("## How it was run") :].splitlines() if line.startswith("| ")]
+    assert rows[0] == "| method | balancer | adapter | learning rate |"
+    assert rows[1].startswith('| full | {"kind": "coba"') and rows[1].endswith("| none: all parameters are trained | 0.5 |")
+    assert rows[2].startswith('| each | none: one model per task | {"kind": "lora", "rank": 3') and rows[2].endswith("| 0.005 |")
+
+
 def test_what_does_not_change_results_may_change(call):
     call(methods=["uniform"], seeds=[1])
     assert not any("RunFailure" in line for line in call("checkpoint.every_steps=1", "run.name=other", methods=["uniform"], seeds=[1]))
@@ -172,16 +213,18 @@ def test_differences_name_their_place():
 
 @pytest.fixture(scope="module")
 def real(toy, tmp_path_factory):
-    """Two methods and single_task on two tasks, by real processes; and what a second call said."""
-    out, said = tmp_path_factory.mktemp("compare") / "out", []
+    """Two balancers with LoRA, and full-parameter models of two tasks, by real processes; and what a second call said."""
+    folder, said = tmp_path_factory.mktemp("compare"), []
     config = json.loads((toy / "toy.json").read_text())
     config["data"]["tasks"] = [task for task in config["data"]["tasks"] if task["name"] != "reverse"]
     file = toy / "two.json"
-    file.write_text(json.dumps(config))
+    file.write_text(json.dumps(config | {"adapter": {"kind": "lora", "rank": 4}}))
+    plan = folder / "plan.json"
+    plan.write_text('{"full": {"per_task": true, "adapter": null, "training": {"learning_rate": 0.01}}}')
     for _ in range(2):
         said.clear()
-        compare(file, out, ["coba", "uniform", "single_task"], seeds=[1], overrides=CHANGES, say=said.append)
-    return out, said
+        compare(file, folder / "out", ["coba", "uniform"], plan, seeds=[1], overrides=CHANGES, say=said.append)
+    return folder / "out", said
 
 
 def test_a_real_comparison_ends_with_tables_figures_and_a_page(real):
@@ -193,9 +236,14 @@ def test_a_real_comparison_ends_with_tables_figures_and_a_page(real):
     page = (out / "compare.html").read_text()
     assert "http://" not in page and "https://" not in page and "<script" not in page
     rows = list(csv.DictReader((out / "compare.csv").open()))
-    assert {row["method"] for row in rows} == {"coba", "uniform", "single_task"}
+    assert {row["method"] for row in rows} == {"coba", "uniform", "full"}
     ratios = [float(row["value"]) for row in rows if row["metric"] == "ratio"]
     assert len(ratios) == 3 * 3 and all(0 < ratio < 1 for ratio in ratios)
+    # Hidden size 32, two layers; LoRA of rank 4 on q, o (32, 32), k, v (32, 16), gate, up, down (32, 64).
+    lora, model = 2 * 4 * (2 * 64 + 2 * 48 + 3 * 96), 264 * 32 + 32 + 2 * (2 * 32**2 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32)
+    trained = {row["method"]: float(row["value"]) for row in rows if row["metric"] == "trained_parameters"}
+    assert trained == {"coba": lora, "uniform": lora, "full": 2 * model}
+    assert f"<td>{2 * model:,}</td>" in page and "none: all parameters are trained" in page
 
 
 def test_methods_of_a_seed_begin_at_the_same_state_with_the_same_data(real):
@@ -203,9 +251,17 @@ def test_methods_of_a_seed_begin_at_the_same_state_with_the_same_data(real):
     coba, uniform = (read_run(out / f"{name}-seed1").metrics for name in ("coba", "uniform"))
     for task in ("count", "upper"):
         assert coba.validation.of_task(task, "loss")[0] == uniform.validation.of_task(task, "loss")[0]
-        # The first step is made before any weight differs, and every step has the same data.
-        assert coba.train.of_task(task, "loss")[0] == uniform.train.of_task(task, "loss")[0]
+        # CoBa's weights are equal for its first three steps. The second step's loss depends on the adapter's initial values, which the first
+        # does not see behind B = 0.
+        assert (coba.train.of_task(task, "loss")[:3] == uniform.train.of_task(task, "loss")[:3]).all()
         assert (coba.train.of_task(task, "tokens") == uniform.train.of_task(task, "tokens")).all()
     # Runs of single tasks begin at the same model as well.
-    alone = read_run(out / "single_task-upper-seed1").metrics.validation
+    alone = read_run(out / "full-upper-seed1").metrics.validation
     assert alone.of_task("upper", "loss")[0] == pytest.approx(coba.validation.of_task("upper", "loss")[0], rel=1e-6)
+
+
+def test_only_the_method_changes_between_runs(real):
+    out, _ = real
+    full = json.loads((out / "configs" / "full-count-seed1.json").read_text())
+    assert full["adapter"] is None and full["training"]["learning_rate"] == 0.01 and full["balancer"] == {"kind": "uniform"}
+    assert json.loads((out / "configs" / "coba-seed1.json").read_text())["adapter"]["rank"] == 4

@@ -5,7 +5,7 @@ import pytest
 
 from mftcoder_coba.comparing import Outcome
 from mftcoder_coba.comparing.curves import curves_of, normalised
-from mftcoder_coba.comparing.figures import charts_of, draw
+from mftcoder_coba.comparing.figures import charts_of, draw, mean_ratio
 from mftcoder_coba.reporting import read_run
 
 
@@ -52,3 +52,16 @@ def test_there_is_a_file_for_each_figure_that_has_something_to_show(outcomes, tm
     assert [item["chart"].name for item in drawn] == ["normalised_ratio", "mean_ratio", "weights"]
     assert {path.name for path in folder.iterdir()} == {"normalised_ratio.png", "mean_ratio.png", "weights.png"}
     assert draw(charts_of([], ["a", "b"]), folder) == []
+
+
+def test_each_method_with_a_model_per_task_has_a_level_line_of_its_own(outcomes, make_run):
+    others = [
+        Outcome("lora-each", 1, task, read_run(make_run(f"lora-{task}", {task: [1, 0.7, ratio]}, 20))) for task, ratio in (("a", 0.5), ("b", 0.6))
+    ]
+    figure = mean_ratio(curves_of([*outcomes, *others], ["a", "b"]), 20, narrow=False)
+    levels = {line.get_ydata()[0]: line.get_color() for line in figure.axes[0].lines if len(set(line.get_ydata())) == 1}
+    assert list(levels) == pytest.approx([0.25, 0.55]) and len(set(levels.values())) == 2
+    (legend,) = figure.legends
+    shown = dict(zip((text.get_text() for text in legend.get_texts()), legend.get_lines(), strict=True))
+    assert [shown[name].get_color() for name in ("STL", "lora-each")] == list(levels.values())
+    assert shown["STL"].is_dashed() and not shown["uniform"].is_dashed()

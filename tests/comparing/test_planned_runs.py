@@ -2,14 +2,15 @@
 
 import pytest
 
-from mftcoder_coba.comparing import built_in, plan_runs
+from mftcoder_coba.comparing import Method, built_in, choose_methods, plan_runs
 from mftcoder_coba.comparing.runs import check_methods
 from mftcoder_coba.config import validate
 from mftcoder_coba.data import Corpus, TaskData
 from mftcoder_coba.errors import UserError
 
-METHODS = {"coba": {"kind": "coba"}, "lbtw*": {"kind": "lbtw", "signal": "validation"}}
-SINGLE = {"single_task": None}
+METHODS = {"coba": Method({"kind": "coba"}), "lbtw*": Method({"kind": "lbtw", "signal": "validation"})}
+SINGLE = {"single_task": Method(None)}
+LORA, CGC, MOE = {"kind": "lora", "rank": 8}, {"kind": "cgc_lora", "clusters": {"all": ["a", "b"]}}, {"kind": "moe_lora", "experts": 3}
 
 
 def plan(base, corpus, methods=METHODS, seeds=(1,), tmp_path="/out"):
@@ -43,7 +44,7 @@ def test_nobody_stops_early_and_killed_runs_resume(make_experiment, corpus):
 
 
 def test_a_balancer_with_random_numbers_draws_by_the_seed_of_the_run_unless_told_otherwise(make_experiment, corpus):
-    methods = {"random": {"kind": "random"}, "own": {"kind": "random", "seed": 7}}
+    methods = {"random": Method({"kind": "random"}), "own": Method({"kind": "random", "seed": 7})}
     assert [run.config.balancer.seed for run in plan(make_experiment(), corpus, methods, seeds=(3, 4))] == [3, 7, 4, 7]
 
 
@@ -101,13 +102,13 @@ def test_written_configs_read_back_as_they_are(make_experiment, corpus):
 
 def test_every_method_is_validated_before_anything_else(make_experiment):
     with pytest.raises(UserError, match="unknown key balancer.tua") as error:
-        check_methods(make_experiment(), {"coba": {"kind": "coba"}, "typo": {"kind": "coba", "tua": 2.0}})
+        check_methods(make_experiment(), METHODS | {"typo": Method({"kind": "coba", "tua": 2.0})})
     assert error.value.where == "method typo"
 
 
 def test_a_window_that_does_not_fit_the_data_is_found_before_the_first_run(make_experiment, corpus):
     with pytest.raises(UserError, match="paired slopes need a window above"):
-        plan(make_experiment(), corpus, {"paired": {"kind": "coba", "slope": "paired", "window": 2}})
+        plan(make_experiment(), corpus, {"paired": Method({"kind": "coba", "slope": "paired", "window": 2})})
 
 
 def test_every_task_needs_validation_data(make_experiment, corpus):
@@ -119,4 +120,66 @@ def test_every_task_needs_validation_data(make_experiment, corpus):
 
 def test_two_runs_of_one_folder_are_refused(make_experiment, corpus):
     with pytest.raises(UserError, match="would both write to lbtw-star-seed1"):
-        plan(make_experiment(), corpus, {"lbtw*": {"kind": "lbtw"}, "lbtw-star": {"kind": "lbtw"}})
+        plan(make_experiment(), corpus, {"lbtw*": Method({"kind": "lbtw"}), "lbtw-star": Method({"kind": "lbtw"})})
+
+
+@pytest.fixture
+def adapters(make_experiment, corpus, tmp_path):
+    """The runs of a plan file of adapters over an experiment with LoRA of rank 8: name -> run."""
+    plan_file = tmp_path / "methods.json"
+    plan_file.write_text(
+        """{"lora": {}, "small": {"adapter": {"rank": 2}}, "full": {"adapter": null, "training": {"learning_rate": 1e-5}},
+            "cgc": {"adapter": {"kind": "cgc_lora", "clusters": {"all": ["a", "b"]}}, "balancer": {"kind": "uniform"}},
+            "moe": {"adapter": {"kind": "moe_lora", "experts": 3}}, "each": {"per_task": true, "adapter": {"rank": 4}}}"""
+    )
+    base = make_experiment(adapter=LORA)
+    return {run.name: run for run in plan(base, corpus, choose_methods(base, [], plan_file))}
+
+
+def test_adapters_have_runs_of_the_same_names_as_balancers(adapters):
+    assert list(adapters) == [*(f"{name}-seed1" for name in ("lora", "small", "full", "cgc", "moe")), "each-a-seed1", "each-b-seed1"]
+
+
+def test_each_method_trains_its_adapter(adapters):
+    found = {name: run.config.adapter for name, run in adapters.items()}
+    assert (found["small-seed1"].kind, found["small-seed1"].rank) == ("lora", 2)
+    assert found["full-seed1"] is None
+    assert found["cgc-seed1"].clusters == {"all": ["a", "b"]} and found["moe-seed1"].experts == 3
+    assert found["cgc-seed1"].rank == 16  # another kind has its own defaults
+    assert {found[f"each-{task}-seed1"].rank for task in "ab"} == {4}
+    assert {name: run.config.balancer.kind for name, run in adapters.items() if run.config.balancer.kind != "coba"} == dict.fromkeys(
+        ["cgc-seed1", "each-a-seed1", "each-b-seed1"], "uniform"
+    )
+
+
+def test_runs_of_adapters_differ_in_nothing_else(adapters):
+    def rest(run):
+        tree = run.config.model_dump(exclude={"adapter": True, "balancer": True, "run": {"name"}, "training": {"learning_rate"}})
+        return tree, run.total_steps
+
+    assert all(rest(run) == rest(adapters["lora-seed1"]) for run in adapters.values() if run.task is None)
+    rates = {run.method: run.config.training.learning_rate for run in adapters.values()}
+    assert rates.pop("full") == 1e-5 and set(rates.values()) == {1e-3}
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (Method({"kind": "coba"}, {"adapter": {"rang": 2}}), 'unknown key adapter.rang: did you mean "rank"'),
+        (Method({"kind": "coba"}, {"adapter": {"kind": "cgc_lora"}}), "adapter.clusters is missing"),
+        (Method({"kind": "coba"}, {"adapter": 3}), "adapter is 3"),
+        (Method(None, {"adapter": {"rank": 0}}), "adapter.rank is 0"),
+        (Method({"kind": "coba"}, {"training": {"learning_rate": -1.0}}), "training.learning_rate is -1"),
+    ],
+)
+def test_a_section_that_does_not_fit_is_told_with_its_method(make_experiment, method, message):
+    with pytest.raises(UserError, match=message) as error:
+        check_methods(make_experiment(adapter=LORA), METHODS | {"mine": method})
+    assert error.value.where == "method mine"
+
+
+def test_clusters_of_tasks_are_not_for_models_of_one_task(make_experiment):
+    with pytest.raises(UserError, match="a model per task") as error:
+        check_methods(make_experiment(adapter=CGC), SINGLE)
+    assert error.value.where == "method single_task" and "an adapter of its own" in error.value.fix
+    check_methods(make_experiment(adapter=CGC), {"single_task": Method(None, {"adapter": LORA}), "gated": Method(None, {"adapter": MOE})})

@@ -5,12 +5,13 @@ Validations at steps 0, 10, 20, 30; the loss is 2 x ratio, the perplexity 10 x r
 
 import csv
 import io
+import json
 
 import numpy as np
 import pytest
 
 from mftcoder_coba.comparing import Outcome, Value, build_tables, values_of
-from mftcoder_coba.comparing.results import ALL, DEVIATION, MEAN, RANGE
+from mftcoder_coba.comparing.results import ALL, DEVIATION, MEAN, RANGE, starts_apart
 from mftcoder_coba.comparing.tables import seeds_note, to_csv, to_markdown, values_csv
 from mftcoder_coba.reporting import read_run
 
@@ -184,3 +185,53 @@ def test_the_long_form_has_every_number_once(values):
 
 def test_the_note_does_not_speak_of_deviations_where_there_are_none():
     assert "±" not in seeds_note(1) and "over 3 seeds" in seeds_note(3)
+
+
+def test_trained_parameters_of_models_per_task_are_their_sum(make_run):
+    ratios = [1, 0.9]
+    outcomes = [
+        Outcome("lora", 1, None, read_run(make_run("lora", {"a": ratios, "b": ratios}, 10, trained=123_456_789))),
+        Outcome("each", 1, "a", read_run(make_run("each-a", {"a": ratios}, 10, trained=30))),
+        Outcome("each", 1, "b", read_run(make_run("each-b", {"b": ratios}, 10, trained=30))),
+        Outcome("half", 1, "a", read_run(make_run("half-a", {"a": ratios}, 10, trained=30))),
+    ]
+    values = values_of(outcomes, ["a", "b"], None)
+    assert {v.method: v.value for v in values if v.metric == "trained_parameters"} == {"lora": 123_456_789, "each": 60}
+    # All digits are shown: methods may have nearly as many.
+    overview = build_tables(values, {"lora": 1, "each": 1, "half": 0}, 1, ["a", "b"], ["each", "half"], "lora")[0]
+    assert {row.method: cells(overview, row.method)["trained parameters"].text for row in overview.rows} == {
+        "lora": "123,456,789",
+        "each": "60",
+        "half": "–",
+    }
+    assert "trained parameters: of the model, or of the adapter; each, half: of the runs of all tasks together" in overview.notes
+    assert any("over those of lora with the same seed" in note for note in overview.notes)
+
+
+def test_trained_parameters_are_shown_only_where_they_differ():
+    def titles(*counts):
+        values = [Value(f"m{number}", 1, ALL, "trained_parameters", count) for number, count in enumerate(counts)]
+        return [column.title for column in build_tables(values, {value.method: 1 for value in values}, 1, ["a"], [])[0].columns]
+
+    assert "trained parameters" not in titles(7.0, 7.0) and "trained parameters" in titles(7.0, 8.0)
+
+
+def test_a_count_has_no_deviation_over_seeds():
+    values = [Value(method, seed, ALL, "trained_parameters", count) for method, count in (("x", 7.0), ("y", 8.0)) for seed in (1, 2)]
+    overview = build_tables(values, {"x": 2, "y": 2}, 2, ["a"], [])[0]
+    assert cells(overview, "x")["trained parameters"].deviation == ""
+
+
+def test_runs_that_begin_at_other_losses_are_found(outcomes, make_run):
+    assert starts_apart(outcomes, ["a", "b"]) == []
+    folder = make_run("other", {"a": [1, 0.9], "b": [1, 0.9]}, 10)
+    metrics = folder / "metrics.jsonl"
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    records[0]["tasks"]["b"]["loss"] = 2.01
+    metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert starts_apart([*outcomes, Outcome("other", 1, None, read_run(folder))], ["a", "b"]) == ["b"]
+
+
+def test_markdown_ends_with_what_the_methods_are(tables):
+    text = to_markdown([tables["ratio"]], ["# Title"], [["method", "adapter"], ["moe", '{"target_modules": "q|v"}']])
+    assert text.endswith('## How it was run\n\n| method | adapter |\n|---|---|\n| moe | {"target\\_modules": "q\\|v"} |\n')

@@ -218,10 +218,10 @@ def test_a_name_cannot_leave_its_folder_nor_hide_in_it(toy, key, name):
 
 
 @pytest.mark.parametrize("name", [*BAD_NAMES, "*", "**", "a*b"])
-def test_nor_can_the_name_of_a_compared_method(tmp_path, name):
+def test_nor_can_the_name_of_a_compared_method(toy, tmp_path, name):
     (tmp_path / "plan.json").write_text(json.dumps({name: "coba"}), encoding="utf-8")
     with pytest.raises(UserError, match="becomes a folder"):
-        choose_methods([], tmp_path / "plan.json")
+        choose_methods(load_config(toy / "toy.json"), [], tmp_path / "plan.json")
 
 
 def files_in(folder):
