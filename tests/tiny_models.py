@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, PhiConfig, PreTrainedModel, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, PhiConfig, PreTrainedModel, Qwen2Config
 
 COMMON = {
     "vocab_size": 64,
@@ -19,6 +19,7 @@ CONFIGS = {
     "qwen2": lambda: Qwen2Config(**COMMON, num_key_value_heads=2),
     "phi": lambda: PhiConfig(**COMMON),
     "gpt_neox": lambda: GPTNeoXConfig(**COMMON),
+    "gpt2": lambda: GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=128),
 }
 
 

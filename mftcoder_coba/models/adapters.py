@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,15 +91,16 @@ def _adapted_layers(model: nn.Module, config: ExpertsConfig) -> dict[str, tuple[
     with _explained(model, config):
         inject_adapter_in_model(_lora(config, 1), model)
     found = {}
-    for name, layer in [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]:
-        base = layer.get_base_layer()
-        model.set_submodule(name, base)
-        if not layer.lora_A:
-            what = f"{name} is {type(base).__name__}, no linear layer"
-            raise UserError(what, f"adapter.target_modules = {config.target_modules!r}", "experts are for linear layers: leave it out")
-        found[name] = (layer.in_features, layer.out_features, layer.lora_A["default"].weight.device)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config
+    for name, layer in layers.items():
+        if "default" not in layer.lora_A or not isinstance(layer.lora_A["default"], nn.Linear):  # of an embedding, of a convolution
+            what = f"{name} is {type(layer.get_base_layer()).__name__}, no linear layer"
+            raise UserError(what, f"adapter.target_modules = {config.target_modules!r}", "experts are for linear layers: leave it out")
+        found[name] = (layer.in_features, layer.out_features, layer.lora_A["default"].weight.device)
     return found
 
 
@@ -152,10 +154,13 @@ def _lora(config: LowRankConfig, rank: int):
 @contextlib.contextmanager
 def _explained(model: nn.Module, config: LowRankConfig) -> Iterator[None]:
     """Turns PEFT's complaint about `target_modules` into a message that names what there is."""
+    # Taken before PEFT has put layers of its own into the model.
+    names = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
     try:
         yield
-    except ValueError as error:
-        names = sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
-        raise UserError(
-            str(error).splitlines()[0], f"adapter.target_modules = {config.target_modules!r}", f"linear layers of this model: {', '.join(names)}"
-        ) from error
+    except (ValueError, re.error) as error:
+        if isinstance(error, re.error):
+            what = f"is no regular expression: {error}"
+        else:  # without the printed module, which has many lines
+            what = re.sub(r"\(\n.*\n\)", "", str(error), flags=re.DOTALL).splitlines()[0]
+        raise UserError(what, f"adapter.target_modules = {config.target_modules!r}", f"linear layers of this model: {', '.join(names)}") from error

@@ -63,7 +63,6 @@ def load_model(config: ModelConfig, attention: str, quantise_on: torch.device | 
     _check_filled(found, where)
     if quantise_on:
         prepare_layers(model)
-    model.config.use_cache = False
     if config.gradient_checkpointing:
         # The re-entrant kind needs inputs that require gradients and loses RNG details; it is on its way out in torch.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +27,9 @@ class Routing:
     def __init__(self) -> None:
         self._now: tuple[Tensor, Tensor | int] | None = None
 
-    @contextlib.contextmanager
-    def set(self, now: tuple[Tensor, Tensor | int] | None) -> Iterator[None]:
-        """Within it, (table, tasks) are `now`."""
-        before, self._now = self._now, now
-        try:
-            yield
-        finally:
-            self._now = before
+    def set(self, now: tuple[Tensor, Tensor | int] | None) -> contextlib.AbstractContextManager[None]:
+        """Within it, (table, tasks) are `now`. It may be entered again: a graph that is kept can have several backward passes."""
+        return _Within(self, now)
 
     def for_checkpointing(self) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
         """`context_fn` of torch's checkpointing: what is computed anew in the backward pass meets the gates of its forward pass."""
@@ -56,6 +51,20 @@ class Routing:
             raise UserError(what, "adapter.target_modules", "leave it out")
         # A look-up of which the backward pass adds up in a fixed order.
         return nn.functional.embedding(tasks, table[layer]).view(*shape, -1)
+
+
+class _Within:
+    """See `Routing.set`."""
+
+    def __init__(self, routing: Routing, now: tuple[Tensor, Tensor | int] | None):
+        self._routing, self._inside, self._before = routing, now, []
+
+    def __enter__(self) -> None:
+        self._before.append(self._routing._now)
+        self._routing._now = self._inside
+
+    def __exit__(self, *exception) -> None:
+        self._routing._now = self._before.pop()
 
 
 class ExpertsLinear(nn.Module):
@@ -90,6 +99,15 @@ class ExpertsLinear(nn.Module):
             nn.init.kaiming_uniform_(self._parameters[down], a=math.sqrt(5))
             self._down.append(down)
             self._up.append(up)
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the base layer: architectures look at its dtype. One that computes with it passes the experts by, as it would PEFT's LoRA."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """[..., in] -> [..., out]"""

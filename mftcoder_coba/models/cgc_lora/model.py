@@ -10,16 +10,19 @@ A folder of it holds
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mftcoder_coba.config.schema import Positive, SafeName, Section
 from mftcoder_coba.errors import UserError
 from mftcoder_coba.models.cgc_lora.gates import TaskGates
 from mftcoder_coba.models.cgc_lora.layer import ExpertsLinear, Routing, tensor_names
@@ -146,8 +149,16 @@ class CgcLoraModel(nn.Module):
             write_task_adapter(folder / TASKS_FOLDER / task, plain, self.layer_names, self.base_model, base)
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Fills the parameters that are named; every one of them has to be there."""
+        """Fills the parameters that are named; every one of them has to be there.
+
+        Raises:
+            UserError: one has another shape, so that it is of another base model; nothing is filled.
+        """
         own = dict(self._adapter_parameters())
+        for name, tensor in tensors.items():
+            if own[name].shape != tensor.shape:
+                what = f"the adapter does not fit the base model: {name} is {list(tensor.shape)} in its file, {list(own[name].shape)} here"
+                raise UserError(what, TENSORS_FILE, "give the model that the adapter was trained on")
         with torch.no_grad():
             for name, tensor in tensors.items():
                 own[name].copy_(tensor)
@@ -157,21 +168,55 @@ class CgcLoraModel(nn.Module):
         """A saved adapter on a fresh base model, which is changed in place.
 
         Raises:
-            UserError: the folder holds no such adapter, or one of another base model.
+            UserError: the folder holds no such adapter, or one of another base model, which stays as it was.
         """
         folder = Path(folder)
         structure, names, tensors = read_adapter(folder)
+        first = tensor_names(structure.groups[0].name)
         layers = {}
         for name in names:
-            try:
-                layer = base_model.get_submodule(name)
-            except AttributeError:
-                raise UserError(f"the base model has no layer {name}", str(folder), "give the model that the adapter was trained on") from None
-            down, up = (tensors[f"base_model.{name}.{tensor}"] for tensor in tensor_names(structure.groups[0].name))
-            layers[name] = (down.shape[1], up.shape[0], next(layer.parameters()).device)
+            down, up = (tensors[f"base_model.{name}.{tensor}"] for tensor in first)
+            layers[name] = (down.shape[1], up.shape[0], _device_of_fitting(base_model, name, down.shape[1], up.shape[0], folder))
         model = cls(base_model, structure, layers)
         model.load_tensors(tensors)
         return model.eval()
+
+
+def _device_of_fitting(base_model: nn.Module, name: str, in_features: int, out_features: int, folder: Path) -> torch.device:
+    """Of the linear layer of this name. Raises UserError where the model has none of this size, or one with experts already."""
+    where, fix = str(folder), "give the model that the adapter was trained on"
+    try:
+        layer = base_model.get_submodule(name)
+    except AttributeError:
+        raise UserError(f"the adapter does not fit the base model, which has no layer {name}", where, fix) from None
+    if isinstance(layer, ExpertsLinear):
+        raise UserError("the base model has an adapter with experts already", where, "load the base model anew for each adapter")
+    # Linear layers, also quantised ones; those of other quantisations; GPT-2's transposed ones.
+    pairs = (("in_features", "out_features"), ("infeatures", "outfeatures"), ("nx", "nf"))
+    size = next((tuple(getattr(layer, side) for side in pair) for pair in pairs if all(hasattr(layer, side) for side in pair)), None)
+    if size is None:
+        raise UserError(f"the adapter does not fit the base model, where {name} is {type(layer).__name__}, no linear layer", where, fix)
+    if size != (in_features, out_features):
+        what = f"the adapter does not fit the base model: {name} is {size[0]} -> {size[1]} there, {in_features} -> {out_features} in the adapter"
+        raise UserError(what, where, fix)
+    return next(itertools.chain(layer.parameters(), layer.buffers())).device
+
+
+class _StoredCluster(Section):
+    name: SafeName
+    scaling: float = Field(gt=0)
+    common: list[Positive]
+    tasks: dict[SafeName, list[Positive]] = Field(min_length=1)
+
+
+class _StoredConfig(Section):
+    """What a sound adapter_config.json holds; names become folders, so they may not lead elsewhere."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    layers: list[str] = Field(min_length=1)
+    task_embedding: Positive
+    clusters: list[_StoredCluster] = Field(min_length=1)
 
 
 def read_adapter(folder: Path) -> tuple[Structure, list[str], dict[str, Tensor]]:
@@ -185,16 +230,41 @@ def read_adapter(folder: Path) -> tuple[Structure, list[str], dict[str, Tensor]]
         tree = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if tree.get("peft_type") != PEFT_TYPE:
             raise UserError(f"holds an adapter of the type {tree.get('peft_type')}, not {PEFT_TYPE}", where, fix)
+        _StoredConfig.model_validate(tree)
         structure, names = Structure.from_dict(tree), list(tree["layers"])
         tensors = load_file(folder / TENSORS_FILE)
+        expected = _shapes(structure, names, tensors)
     except OSError as error:
         raise UserError(f"the adapter cannot be read: {error.strerror or error}: {error.filename or folder}", where, fix) from None
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"the adapter is damaged: {type(error).__name__}: {error}", where, fix) from None
-    expected = {f"base_model.{layer}.{name}" for layer in names for group in structure.groups for name in tensor_names(group.name)}
-    gates = TaskGates(structure, len(names), torch.device("meta"))
-    expected |= {f"gates.{name}" for name, _ in gates.named_parameters()}
-    if expected != set(tensors):
-        example = sorted(expected ^ set(tensors))[0]
-        raise UserError(f"{TENSORS_FILE} does not fit {CONFIG_FILE}, e.g. in {example}", where, "copy the folder again")
+    except ValidationError as error:
+        (first, *_) = error.errors()
+        what = f"the adapter is damaged: {CONFIG_FILE} has {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise UserError(what, where, "copy the folder again") from None
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"the adapter is damaged: {type(error).__name__}: {error}", where, "copy the folder again") from None
+    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    odd = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if odd:
+        what = f"{odd[0]} is {found.get(odd[0], 'not there')}, not {expected.get(odd[0], 'expected')}"
+        raise UserError(f"{TENSORS_FILE} does not fit {CONFIG_FILE}: {what}", where, "copy the folder again")
     return structure, names, tensors
+
+
+def _shapes(structure: Structure, layers: Sequence[str], tensors: dict[str, Tensor]) -> dict[str, list[int]]:
+    """Of the tensors that an adapter of this structure has, the widths of each layer being those of its first tensors.
+
+    Raises:
+        ValueError: a task is named twice or sees no expert.
+        KeyError: a layer has no tensors.
+    """
+    if len(set(structure.tasks)) < len(structure.tasks) or any(not structure.visible_groups(task) for task in structure.tasks):
+        raise ValueError("a task is named twice, or sees no expert")
+    gates = TaskGates(structure, len(layers), torch.device("meta"))
+    shapes = {f"gates.{name}": list(parameter.shape) for name, parameter in gates.named_parameters()}
+    for layer in layers:
+        down, up = (f"base_model.{layer}.{name}" for name in tensor_names(structure.groups[0].name))
+        in_features, out_features = tensors[down].shape[-1], tensors[up].shape[0]
+        for group in structure.groups:
+            down, up = (f"base_model.{layer}.{name}" for name in tensor_names(group.name))
+            shapes |= {down: [group.rank, in_features], up: [out_features, group.rank]}
+    return shapes

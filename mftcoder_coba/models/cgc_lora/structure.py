@@ -75,7 +75,7 @@ class Structure:
         for cluster in self.clusters:
             if task in cluster.tasks:
                 return cluster
-        raise UserError(f"the adapter knows no task of this name; {suggestion(task, self.tasks)}", f"task {task}")
+        raise UserError(f"the adapter knows no task of this name; it knows {', '.join(self.tasks)}", f"task {task}")
 
     def visible_groups(self, task: str) -> list[Group]:
         """The common group, then the task's own; either may be missing."""
@@ -172,9 +172,7 @@ def _new(name: str, tasks: Sequence[str], config: ExpertsConfig) -> Cluster:
     else:
         ranks = shared_out(config.rank, common + own)
         owned = {task: tuple(ranks[common:]) for task in tasks}
-    experts = len(ranks)
-    scaling = config.alpha / config.rank * (experts if config.scaling == "expert_rank" else 1)
-    return Cluster(name, scaling, tuple(ranks[:common]), owned)
+    return Cluster(name, _scaling(config, len(ranks)), tuple(ranks[:common]), owned)
 
 
 def _extended(cluster: Cluster, tasks: Sequence[str], config: ExpertsConfig) -> Cluster:
@@ -186,9 +184,17 @@ def _extended(cluster: Cluster, tasks: Sequence[str], config: ExpertsConfig) -> 
         raise _other(f"common experts {where}", str(len(cluster.common)), str(common), config)
     if len(like) != own:
         raise _other(f"task experts {where}", str(len(like)), str(own), config)
-    if config.scaling == "rank" and cluster.scaling != config.alpha / config.rank:
-        raise _other(f"alpha / rank {where}", f"{cluster.scaling:g}", f"{config.alpha / config.rank:g}", config)
+    # It began with one of its tasks, or with more of them: those that came later left the scaling as it was.
+    began = range(1, len(cluster.tasks) + 1) if isinstance(config, CgcLoraConfig) and config.budget == "cluster" else [1]
+    possible = dict.fromkeys(_scaling(config, common + own * tasks_then) for tasks_then in began)
+    if cluster.scaling not in possible:
+        raise _other(f"scaling {where}", f"{cluster.scaling:g}", " or ".join(f"{value:g}" for value in possible), config)
     return replace(cluster, tasks=cluster.tasks | {task: like for task in tasks if task not in cluster.tasks})
+
+
+def _scaling(config: ExpertsConfig, experts: int) -> float:
+    """s of a cluster whose `experts` share the rank."""
+    return config.alpha / config.rank * (experts if config.scaling == "expert_rank" else 1)
 
 
 def _counts(config: ExpertsConfig) -> tuple[int, int]:
