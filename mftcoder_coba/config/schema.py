@@ -68,14 +68,14 @@ class ExpertsConfig(LowRankConfig):
     task_embedding: Positive = Field(16, description="width of a task's learned embedding, from which its gate is computed")
     quantised: bool = Field(False, description="on a base model that is quantised to 4-bit NormalFloat, as qlora is")
     initial_adapter: str | None = Field(
-        None, description="a folder of such an adapter (a run's export) to begin with; what it holds beyond this is kept"
+        None, description="a folder of such an adapter (a run's export) to begin with; all that it holds is kept, its clusters with their ranks"
     )
     trained: Annotated[list[str], Field(min_length=1)] | None = Field(
         None, description='clusters, or "CLUSTER/TASK" for what belongs to a task alone; all else stays as it is. null: all that is named here'
     )
 
     def _check_rank(self, experts: int, of: str = "") -> None:
-        if self.rank < experts:
+        if self.initial_adapter is None and self.rank < experts:  # else ranks are stored already
             raise ValueError(f"`rank` is {self.rank}, to be shared by {experts} experts{of}: set it to at least {experts}, or have fewer experts")
 
 

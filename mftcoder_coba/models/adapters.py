@@ -13,7 +13,7 @@ from torch import nn
 
 from mftcoder_coba.config import AdapterConfig, ExpertsConfig, LowRankConfig
 from mftcoder_coba.errors import UserError, suggestion
-from mftcoder_coba.models.cgc_lora import CgcLoraModel, Structure, read_adapter, structure_of
+from mftcoder_coba.models.cgc_lora import CgcLoraModel, read_adapter, structure_of
 from mftcoder_coba.models.cgc_lora.structure import clusters_of
 from mftcoder_coba.models.quantisation import check_quantisation, full_size
 
@@ -105,37 +105,30 @@ def _adapted_layers(model: nn.Module, config: ExpertsConfig) -> dict[str, tuple[
 
 
 def _freeze_the_rest(model: CgcLoraModel, config: ExpertsConfig, tasks: Sequence[str]) -> None:
-    """Leaves trainable what `trained` names; else the clusters of the config."""
-    structure = model.structure
-    known = [
-        *(cluster.name for cluster in structure.clusters),
-        *(f"{cluster.name}/{task}" for cluster in structure.clusters for task in cluster.tasks),
-    ]
-    wanted = config.trained or list(clusters_of(config, tasks))
-    for name in wanted:
-        if name not in known:
-            raise UserError(f"names {name}; {suggestion(name, known)}", "adapter.trained", "name clusters, or CLUSTER/TASK")
+    """Leaves trainable what `trained` names, else the clusters of the config; never what belongs to a task without data: weight decay
+    alone would move it."""
+    clusters = {cluster.name: cluster for cluster in model.structure.clusters}
+    known = [*clusters, *(f"{cluster.name}/{task}" for cluster in clusters.values() for task in cluster.tasks)]
     for name in model.adapter_names():
         model.get_parameter(name).requires_grad_(False)
-    for name in wanted:
+    for name in config.trained or clusters_of(config, tasks):
         cluster, _, task = name.partition("/")
-        parameters = model.parameters_of(cluster, task or None)
+        if name not in known:
+            raise UserError(f"names {name}; {suggestion(name, known)}", "adapter.trained", "name clusters, or CLUSTER/TASK")
+        if task and task not in tasks:
+            raise UserError(f"names {name}, but data.tasks has no {task}", "adapter.trained", "add the task's data, or leave it out")
+        members = [task] if task else [member for member in clusters[cluster].tasks if member in tasks]
+        parameters = [parameter for member in members for parameter in model.own_parameters(member)]
+        parameters += [] if task else model.common_parameters(cluster)
         if not parameters:
             raise UserError(f"{name} has no parameters of its own", "adapter.trained", "name its cluster")
         for parameter in parameters:
             parameter.requires_grad_(True)
-    asleep = [task for task in tasks if not _learns(model, structure, task)]
+    seen = {task: model.own_parameters(task) + model.common_parameters(model.structure.cluster_of(task).name) for task in tasks}
+    asleep = [task for task, parameters in seen.items() if not any(parameter.requires_grad for parameter in parameters)]
     if asleep:
-        what = f"data.tasks has {', '.join(asleep)}, but nothing that this task sees is trained"
+        what = f"data.tasks has {', '.join(asleep)}, but nothing that such a task sees is trained"
         raise UserError(what, "adapter.trained", "take the task out of data.tasks, or name it or its cluster here")
-
-
-def _learns(model: CgcLoraModel, structure: Structure, task: str) -> bool:
-    cluster = structure.cluster_of(task)
-    common = model.parameters_of(cluster.name) if cluster.common else []
-    own = model.parameters_of(cluster.name, task)
-    others = {id(p) for other in cluster.tasks if other != task for p in model.parameters_of(cluster.name, other)}
-    return any(parameter.requires_grad for parameter in [*own, *(p for p in common if id(p) not in others)])
 
 
 def _lora(config: LowRankConfig, rank: int):

@@ -65,7 +65,7 @@ def load_model(config: ModelConfig, attention: str, quantise_on: torch.device | 
         prepare_layers(model)
     if config.gradient_checkpointing:
         # The re-entrant kind needs inputs that require gradients and loses RNG details; it is on its way out in torch.
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model
 
 

@@ -48,7 +48,7 @@ def build(config: Config, processes: Processes) -> Engine:
     torch.manual_seed(0)
     model = tiny_model("llama_tied", dtype=getattr(torch, config.model.dtype))
     if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     objective = MultiTaskObjective(_adapted(model, config), len(TASKS))
     external = [(objective.output_loss, objective.output_loss.external_parameters)]
     return Engine(objective, build_deepspeed_config(config, processes.world_size), config.training, processes, external)

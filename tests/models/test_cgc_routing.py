@@ -17,10 +17,11 @@ ROWS = torch.tensor([[0], [1], [2]]).expand_as(IDS)
 
 
 def document(task, length, seed):
-    """ids, positions, labels, tasks of one document, [length] each; the first three tokens are not supervised."""
+    """ids, positions, labels, tasks of one document, [length] each. The first three tokens are not supervised; the last one is, by some label,
+    for else nothing would depend on it."""
     ids = token_ids(1, length, seed)[0]
     labels = ids.roll(-1)
-    labels[:3], labels[-1] = -100, -100
+    labels[:3] = -100
     return ids, torch.arange(length), labels, torch.full_like(ids, task)
 
 
@@ -36,10 +37,11 @@ def batch_of(rows):
     return ids, positions, labels, tasks, (labels >= 0).float()
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-6)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-6), (torch.float64, 1e-6)])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_packed_row_of_three_tasks_equals_three_rows(architecture, dtype, tolerance):
-    """In float64 only the gates and the loss are float32; attention over another length rounds otherwise in float32."""
+    """Attention over another length, and sums over other numbers of tokens, round otherwise: about 1e-6 in gradients of float32. In float64 the
+    gates, the loss and some architectures' norms are float32 all the same."""
     documents = [document(0, 9, 1), document(1, 7, 2), document(2, 8, 3)]
     packed, apart = batch_of([joined(documents, 28)]), batch_of([joined([one], 12) for one in documents])
     factors = torch.tensor([0.3, 0.05, 0.2], dtype=torch.float64)

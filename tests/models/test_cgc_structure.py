@@ -107,6 +107,7 @@ def test_a_structure_survives_json(drawn):
 @given(configs(), st.lists(st.sampled_from(["new.1", "new.2", "new.3"]), unique=True, min_size=1))
 def test_an_extension_keeps_what_was_there_and_repeats_itself(drawn, more):
     config, tasks = drawn
+    assume(config.rank >= config.common_experts + config.task_experts * len(more))  # else the new cluster is refused
     earlier = structure_of(config, tasks)
     first = earlier.clusters[0]
     added = {first.name: [*first.tasks, more[0]], **({"another": more[1:]} if len(more) > 1 else {})}
@@ -161,6 +162,8 @@ def test_moelora_is_one_cluster_of_common_experts():
         ({"budget": "all"}, "'cluster' or 'task'"),
         ({"scaling": "alpha"}, "'rank' or 'expert_rank'"),
         ({"trained": []}, "at least 1 item"),
+        ({"clusters": {"a": ["x", "y"]}, "rank": 5}, "`rank` is 5, to be shared by 6 experts of the cluster a: set it to at least 6"),
+        ({"rank": 3, "budget": "task"}, "`rank` is 3, to be shared by 4 experts"),
         ({"experts": 4}, "Extra inputs are not permitted"),
     ],
 )

@@ -155,7 +155,7 @@ def test_bfloat16_norms_are_as_near_as_bfloat16_allows():
 def test_only_passes_within_collecting_are_kept_each_once_and_without_their_graph():
     """Gradient checkpointing repeats layers in the backward pass, but not the output layer."""
     model = tiny_model("llama").train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     objective = MultiTaskObjective(model, TASKS)
     batch = next(micro_batches(0))
     with objective.output_loss.collecting() as passes:

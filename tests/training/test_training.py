@@ -87,6 +87,7 @@ def test_auto_is_replaced_by_what_was_used(full_run):
 
 def test_the_exported_model_loads_and_has_the_validation_loss_of_the_best_step(full_run):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(full_run / "export"), AutoTokenizer.from_pretrained(full_run / "export")
+    assert model.config.use_cache  # as in the base model: a generation would be slow without
     best = json.loads((full_run / "best.json").read_text(encoding="utf-8"))
     expected = next(record for record in records(full_run, "validation") if record["step"] == best["step"])["tasks"]["reverse"]["loss"]
     total = count = 0

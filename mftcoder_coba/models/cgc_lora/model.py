@@ -107,13 +107,20 @@ class CgcLoraModel(nn.Module):
         """Names in the model of all parameters of the adapter, trained or not."""
         return [name for name, _ in self._adapter_parameters()]
 
-    def parameters_of(self, cluster: str, task: str | None = None) -> list[nn.Parameter]:
-        """What belongs to a cluster, or to a task in it alone."""
-        groups = {group.name for group in self.structure.groups if group.cluster == cluster and task in (None, group.task)}
-        tensors = {name for group in groups for name in tensor_names(group)}
-        tasks = [name for one in self.structure.clusters if one.name == cluster for name in one.tasks if task in (None, name)]
-        gates = {f"gates.{name}" for one in tasks for name in self.gates.names_of(one)}
-        return [parameter for name, parameter in self._adapter_parameters() if name in gates or name.rpartition(".")[2] in tensors]
+    def common_parameters(self, cluster: str) -> list[nn.Parameter]:
+        """The experts that all tasks of a cluster see."""
+        return self._named(set(tensor_names(cluster)))
+
+    def own_parameters(self, task: str) -> list[nn.Parameter]:
+        """What belongs to a task alone: its own experts and its gate."""
+        group = f"{self.structure.cluster_of(task).name}:{task}"
+        return self._named(set(tensor_names(group)) | {f"gates.{name}" for name in self.gates.names_of(task)})
+
+    def _named(self, wanted: set[str]) -> list[nn.Parameter]:
+        """Of the adapter's parameters those of these names: whole ones of gates, own ones in each layer."""
+        return [
+            p for name, p in self._adapter_parameters() if name in wanted or (not name.startswith("gates.") and name.rpartition(".")[2] in wanted)
+        ]
 
     def _adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self.gates.named_parameters(prefix="gates"):
