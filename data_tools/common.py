@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -29,6 +30,25 @@ def run(main: Callable[[], None]) -> None:
 def cache_dir() -> Path:
     """Where artefacts that are made once live: `$MFTCODER_COBA_CACHE`, or ~/.cache/mftcoder_coba."""
     return Path(os.environ.get("MFTCODER_COBA_CACHE") or "~/.cache/mftcoder_coba").expanduser().absolute()
+
+
+def experiment_parser(tool: str, description: str) -> argparse.ArgumentParser:
+    """Of a command about an experiment, with `--config` and `--set` (`overrides`)."""
+    parser = argparse.ArgumentParser(prog=f"python -m data_tools.{tool}", description=description)
+    parser.add_argument("--config", type=Path, required=True, help="the experiment's JSON file")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="override a key of it; may be repeated")
+    return parser
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """A type of argparse: a whole number, at least so big."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} on")
+        return int(text)
+
+    return read
 
 
 @contextmanager

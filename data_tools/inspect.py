@@ -16,7 +16,7 @@ if not __package__:  # run as a file, or found by a tool that is, in place of th
 import argparse
 import io
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.console import Console
 
-from data_tools.common import run
+from data_tools.common import experiment_parser, run, whole_number
 from data_tools.token_text import PAGE, PAGE_HTML, TERMINAL, TokenReader, Writer
 from mftcoder_coba.config import Config, load_config
 from mftcoder_coba.errors import UserError, suggestion
@@ -202,33 +202,22 @@ def _figures(tokens: int, supervised: int) -> str:
     return f"{tokens:,} tokens, {supervised:,} supervised ({100 * supervised / tokens:.1f} %)"
 
 
-def _number(least: int) -> Callable[[str], int]:
-    """A type of argparse: a whole number, at least so big."""
-
-    def read(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} on")
-        return int(text)
-
-    return read
-
-
 def _arguments() -> argparse.Namespace:
     description = "Show tokenised samples and packed rows: what is learned, and where tokens, turns and documents end."
-    parser = argparse.ArgumentParser(prog="python -m data_tools.inspect", description=description)
-    parser.add_argument("--config", type=Path, required=True, help="the experiment's JSON file")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="override a key of it; may be repeated")
+    parser = experiment_parser("inspect", description)
     parser.add_argument("--task", metavar="NAME", help="show samples of this task (default: of each task)")
     parser.add_argument("--split", choices=("train", "valid", "test"), default="train", help="of the samples (default: %(default)s)")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--sample", type=_number(0), metavar="N", help="show sample N of the split, from 0 on")
-    what.add_argument("--row", type=_number(0), metavar="N", help="show row N of the training order, from 0 on, and the documents packed into it")
+    what.add_argument("--sample", type=whole_number(0), metavar="N", help="show sample N of the split, from 0 on")
+    what.add_argument(
+        "--row", type=whole_number(0), metavar="N", help="show row N of the training order, from 0 on, and the documents packed into it"
+    )
     what.add_argument("--search", metavar="TEXT", help=f"show the first samples with this text, of the first {SEARCHED_SAMPLES:,} of each task")
     how_many = f"how many samples of each task, or rows (default: {SAMPLES} samples; 1 with --sample and --row)"
-    parser.add_argument("--samples", type=_number(1), metavar="K", help=how_many)
+    parser.add_argument("--samples", type=whole_number(1), metavar="K", help=how_many)
     parser.add_argument("--ids", action="store_true", help="put its id behind each token")
     longest = "of longer stretches of learned or other tokens show head and tail; 0: show all (default: %(default)s)"
-    parser.add_argument("--max-tokens", type=_number(0), default=600, metavar="N", help=longest)
+    parser.add_argument("--max-tokens", type=whole_number(0), default=600, metavar="N", help=longest)
     when = "auto: in a terminal of 256 colours, unless NO_COLOR is set; without colour, marks show the same (default: %(default)s)"
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help=when)
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page instead, in colour")

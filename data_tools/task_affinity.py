@@ -9,7 +9,6 @@ the folder as `affinity.json` and `affinity.png`. The clusters are in the form t
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.common import run, write_json
+from data_tools.common import experiment_parser, run, whole_number, write_json
 from data_tools.task_clusters import LEAST_SELF, Clusters, Matrix, cosines, propose, without_noise
 from mftcoder_coba.caches import cache_folder, keep_libraries_in
 from mftcoder_coba.config import Config, load_config
@@ -194,24 +193,11 @@ def write(affinity: Affinity, config: Config, folder: Path) -> None:
         raise UserError(f"cannot be written: {error.strerror}", f"--out {folder}") from None
 
 
-def _number(least: int) -> Callable[[str], int]:
-    """A type of argparse: a whole number, at least so big."""
-
-    def read(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} on")
-        return int(text)
-
-    return read
-
-
 def main() -> None:
     description = "Show how much the gradients of an experiment's tasks agree on the base model, and propose clusters of tasks."
-    parser = argparse.ArgumentParser(prog="python -m data_tools.task_affinity", description=description)
-    parser.add_argument("--config", type=Path, required=True, help="the experiment's JSON file")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="A.B=C", help="override a key of it; may be repeated")
-    parser.add_argument("--samples", type=_number(2), default=SAMPLES, metavar="N", help="of each task, at most (default: %(default)s)")
-    parser.add_argument("--clusters", type=_number(1), metavar="N", help="propose so many (default: as many as separate best)")
+    parser = experiment_parser("task_affinity", description)
+    parser.add_argument("--samples", type=whole_number(2), default=SAMPLES, metavar="N", help="of each task, at most (default: %(default)s)")
+    parser.add_argument("--clusters", type=whole_number(1), metavar="N", help="propose so many (default: as many as separate best)")
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="for affinity.json and affinity.png (default: NAME-affinity beside the run's folder)"
     )
