@@ -1,39 +1,35 @@
 """The experiment as typed, validated data. Importing this package never imports torch."""
 
-from mftcoder_coba.config.loading import load_config, merged, validate
-from mftcoder_coba.config.schema import (
-    ADAPTERS,
+from mftcoder_coba.config.adapters import ADAPTERS, AdapterConfig, CgcLoraConfig, ExpertsConfig, LoraConfig, LowRankConfig, MoeLoraConfig
+from mftcoder_coba.config.balancers import (
     BALANCERS,
-    FIELD_PAIRS,
-    FORMAT_FIELDS,
-    AdapterConfig,
     BalancerConfig,
-    CgcLoraConfig,
-    CheckpointConfig,
     CobaConfig,
-    Config,
-    DataConfig,
     DwaConfig,
-    EarlyStoppingConfig,
-    ExpertsConfig,
     FamoConfig,
     FixedConfig,
     GradNormConfig,
     LbtwConfig,
-    LoraConfig,
-    LowRankConfig,
-    MarkersConfig,
     MetaWeightingConfig,
-    ModelConfig,
-    MoeLoraConfig,
     ProportionalConfig,
     RandomConfig,
+    UncertaintyConfig,
+    UniformConfig,
+)
+from mftcoder_coba.config.loading import load_config, merged, validate
+from mftcoder_coba.config.schema import (
+    FIELD_PAIRS,
+    FORMAT_FIELDS,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EarlyStoppingConfig,
+    MarkersConfig,
+    ModelConfig,
     RunConfig,
     TaskConfig,
     TrackingConfig,
     TrainingConfig,
-    UncertaintyConfig,
-    UniformConfig,
     ValidationConfig,
 )
 

@@ -10,7 +10,9 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from mftcoder_coba.config.schema import ADAPTERS, BALANCERS, Config
+from mftcoder_coba.config.adapters import ADAPTERS
+from mftcoder_coba.config.balancers import BALANCERS
+from mftcoder_coba.config.schema import Config
 from mftcoder_coba.errors import UserError, suggestion
 
 

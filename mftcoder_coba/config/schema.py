@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-# Names become folder names and metric keys: they may not leave their folder nor hide in it.
-SafeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=128)]
-Positive = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """Unknown keys are errors, values are not silently converted, and a loaded config does not change."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+from mftcoder_coba.config.adapters import AdapterConfig, CgcLoraConfig
+from mftcoder_coba.config.balancers import BalancerConfig, CobaConfig, FixedConfig
+from mftcoder_coba.config.section import Positive, SafeName, Section
 
 
 class RunConfig(Section):
@@ -38,89 +32,6 @@ class ModelConfig(Section):
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     gradient_checkpointing: bool = False
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
-
-
-class LowRankConfig(Section):
-    """What all adapters have in common."""
-
-    rank: Positive = 16
-    alpha: Annotated[float, Field(gt=0)] = 32.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    target_modules: str | Annotated[list[str], Field(min_length=1)] = Field(
-        "all-linear", description="PEFT's target_modules: module names, a pattern, or all linear layers but the output one"
-    )
-
-
-class LoraConfig(LowRankConfig):
-    kind: Literal["lora", "qlora"] = Field(description="qlora: LoRA on a base model that is quantised to 4-bit NormalFloat by bitsandbytes")
-
-    @property
-    def quantised(self) -> bool:
-        return self.kind == "qlora"
-
-
-class ExpertsConfig(LowRankConfig):
-    """Low-rank experts that a gate mixes for each task. What the papers leave open (expert counts, their ranks, scaling) is our choice."""
-
-    scaling: Literal["rank", "expert_rank"] = Field(
-        "rank", description="of what the experts add: alpha / rank, or alpha / (the mean rank of one expert)"
-    )
-    task_embedding: Positive = Field(16, description="width of a task's learned embedding, from which its gate is computed")
-    quantised: bool = Field(False, description="on a base model that is quantised to 4-bit NormalFloat, as qlora is")
-    initial_adapter: str | None = Field(
-        None, description="a folder of such an adapter (a run's export) to begin with; all that it holds is kept, its clusters with their ranks"
-    )
-    trained: Annotated[list[str], Field(min_length=1)] | None = Field(
-        None, description='clusters, or "CLUSTER/TASK" for what belongs to a task alone; all else stays as it is. null: all that is named here'
-    )
-
-    def _check_rank(self, experts: int, of: str = "") -> None:
-        if self.initial_adapter is None and self.rank < experts:  # else ranks are stored already
-            raise ValueError(f"`rank` is {self.rank}, to be shared by {experts} experts{of}: set it to at least {experts}, or have fewer experts")
-
-
-class CgcLoraConfig(ExpertsConfig):
-    """CGC-LoRA, arXiv 2402.01684: each cluster of tasks has experts that are common to its tasks, and experts of each task."""
-
-    kind: Literal["cgc_lora"]
-    clusters: dict[SafeName, Annotated[list[SafeName], Field(min_length=1)]] = Field(min_length=1, description="cluster -> names of its tasks")
-    common_experts: Annotated[int, Field(ge=0)] = Field(2, description="experts that all tasks of a cluster see")
-    task_experts: Annotated[int, Field(ge=0)] = Field(2, description="experts that one task alone sees")
-    budget: Literal["cluster", "task"] = Field(
-        "cluster",
-        description="`rank` is that of all experts of a cluster together, as many parameters as a LoRA of it; or of those that one task sees",
-    )
-
-    @model_validator(mode="after")
-    def _tasks_have_one_cluster(self) -> CgcLoraConfig:
-        names = [task for tasks in self.clusters.values() for task in tasks]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"`clusters` names {', '.join(twice)} twice: a task belongs to one cluster")
-        if self.common_experts + self.task_experts == 0:
-            raise ValueError("`common_experts` and `task_experts` are both 0: a task would have no expert")
-        for cluster, tasks in self.clusters.items():
-            self._check_rank(self.common_experts + self.task_experts * (len(tasks) if self.budget == "cluster" else 1), f" of the cluster {cluster}")
-        return self
-
-
-class MoeLoraConfig(ExpertsConfig):
-    """MOELoRA, arXiv 2310.18339: all tasks share all experts, each with a gate of its own."""
-
-    kind: Literal["moe_lora"]
-    experts: Positive = 8
-
-    @model_validator(mode="after")
-    def _experts_have_ranks(self) -> MoeLoraConfig:
-        self._check_rank(self.experts)
-        return self
-
-
-AdapterConfig = Annotated[LoraConfig | CgcLoraConfig | MoeLoraConfig, Field(discriminator="kind")]
-# Each adapter's section by its kind.
-ADAPTERS: dict[str, type[Section]] = {
-    kind: section for section in get_args(get_args(AdapterConfig)[0]) for kind in get_args(section.model_fields["kind"].annotation)
-}
 
 
 # The formats of samples and the fields that each of them reads.
@@ -212,128 +123,6 @@ class DataConfig(Section):
     @property
     def task_names(self) -> list[str]:
         return [task.name for task in self.tasks]
-
-
-# What a method looks at: training losses, or those of validation mini-batches (the CoBa paper's starred versions).
-Signal = Literal["train", "validation"]
-
-
-class CobaConfig(Section):
-    """CoBa, arXiv 2410.06741. M is the number of mini-batches that cover the validation set."""
-
-    kind: Literal["coba"]
-    tau: Annotated[float, Field(gt=0)] = 5.0
-    window: Annotated[int, Field(ge=2)] | Literal["auto"] = Field("auto", description="N, in observations; auto: 2 M")
-    warmup: Positive | Literal["auto"] = Field("auto", description="W, in observations; auto: M")
-    update_interval: Positive = Field(1, description="steps between two observations")
-    slope: Literal["ols", "paired"] = "ols"
-    df_history: Literal["warmup", "all"] = Field(
-        "warmup", description="where the divergence factor's sum starts: at W, or at 1 as printed in the paper"
-    )
-    variant: Literal["paper", "mftcoder"] = Field("paper", description="mftcoder: the formula of MFTCoder's repository, to match old runs")
-    scores: Annotated[list[Literal["rcs", "acs", "df"]], Field(min_length=1)] = Field(
-        ["rcs", "acs", "df"], description="which parts take part, for ablations: rcs alone, acs alone, both at equal parts, or blended by df"
-    )
-
-    @model_validator(mode="after")
-    def _scores_and_variant(self) -> CobaConfig:
-        if len(set(self.scores)) < len(self.scores):
-            raise ValueError("`scores` names a part twice")
-        if "df" in self.scores and len(self.scores) < 3:
-            raise ValueError('`scores` has "df" without both "rcs" and "acs", which it blends')
-        if self.variant == "mftcoder" and (self.slope != "ols" or len(self.scores) < 3):
-            raise ValueError('"variant": "mftcoder" has plain slopes and all scores')
-        return self
-
-
-class UniformConfig(Section):
-    kind: Literal["uniform"]
-
-
-class ProportionalConfig(Section):
-    kind: Literal["proportional"]
-
-
-class FixedConfig(Section):
-    kind: Literal["fixed"]
-    weights: dict[str, Annotated[float, Field(gt=0)]] = Field(min_length=1, description="a number for each task; they are scaled to sum to 1")
-
-
-class RandomConfig(Section):
-    """Random loss weighting, arXiv 2111.10603: softmax of standard normal numbers, new ones each step."""
-
-    kind: Literal["random"]
-    seed: int = Field(0, ge=0, lt=2**32)
-
-
-class LbtwConfig(Section):
-    """Loss-balanced task weighting (AAAI 2019): (loss / loss at the start) ^ b."""
-
-    kind: Literal["lbtw"]
-    exponent: Annotated[float, Field(gt=0)] = Field(0.5, description="b")
-    signal: Signal = "train"
-
-
-class DwaConfig(Section):
-    """Dynamic weight average, arXiv 1803.10704: softmax of (mean loss of a window / that of the window before) / T."""
-
-    kind: Literal["dwa"]
-    temperature: Annotated[float, Field(gt=0)] = Field(2.0, description="T")
-    window: Positive = Field(10, description="steps whose mean loss is compared")
-
-
-class UncertaintyConfig(Section):
-    """Uncertainty weighting, arXiv 1705.07115: each task's log-variance is learned with a rate of its own."""
-
-    kind: Literal["uncertainty"]
-    learning_rate: Annotated[float, Field(gt=0)] = 0.025
-
-
-class GradNormConfig(Section):
-    """GradNorm, arXiv 1711.02257, on the output layer: each task's weighted gradient norm follows its training rate."""
-
-    kind: Literal["gradnorm"]
-    alpha: Annotated[float, Field(ge=0)] = Field(1.5, description="how strongly a task that is behind is pulled; 0: equal norms")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(0.025, description="of the task weights, by Adam")
-    signal: Signal = "train"
-
-
-class FamoConfig(Section):
-    """FAMO, arXiv 2306.03792."""
-
-    kind: Literal["famo"]
-    learning_rate: Annotated[float, Field(gt=0)] = 0.025
-    decay: Annotated[float, Field(ge=0)] = Field(0.01, description="weight decay of the task logits")
-    signal: Signal = "train"
-
-
-class MetaWeightingConfig(Section):
-    """MetaWeighting (Findings of ACL 2022): weights follow the gradient of the validation losses with respect to them."""
-
-    kind: Literal["metaweighting"]
-    learning_rate: Annotated[float, Field(gt=0)] = Field(0.025, description="of the task logits, by Adam")
-    gradients: Literal["output_layer", "all"] = Field(
-        "output_layer", description="of which parameters; all: exact, with a backward pass for each task, for small models"
-    )
-
-
-BalancerConfig = Annotated[
-    CobaConfig
-    | UniformConfig
-    | ProportionalConfig
-    | FixedConfig
-    | RandomConfig
-    | LbtwConfig
-    | DwaConfig
-    | UncertaintyConfig
-    | GradNormConfig
-    | FamoConfig
-    | MetaWeightingConfig,
-    Field(discriminator="kind"),
-]
-# Each method's section by its kind.
-_SECTIONS = get_args(get_args(BalancerConfig)[0])
-BALANCERS: dict[str, type[Section]] = {get_args(section.model_fields["kind"].annotation)[0]: section for section in _SECTIONS}
 
 
 class TrainingConfig(Section):

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
-from mftcoder_coba.config.schema import SafeName
+from mftcoder_coba.config.section import SafeName
 from mftcoder_coba.errors import UserError
 from mftcoder_coba.reporting.records import Run, Series, read_run
 

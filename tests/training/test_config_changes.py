@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mftcoder_coba.config import Config, DataConfig
-from mftcoder_coba.config.schema import Section
+from mftcoder_coba.config.section import Section
 from mftcoder_coba.data import prepare
 from mftcoder_coba.training.config_changes import FREE, FREE_WITH_ALL_DATA, FREE_WITH_THE_TASKS_DATA, changes
 

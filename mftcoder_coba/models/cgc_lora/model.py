@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mftcoder_coba.config.schema import Positive, SafeName, Section
+from mftcoder_coba.config.section import Positive, SafeName, Section
 from mftcoder_coba.errors import UserError
 from mftcoder_coba.models.cgc_lora.gates import TaskGates
 from mftcoder_coba.models.cgc_lora.layer import ExpertsLinear, Routing, tensor_names
