@@ -5,7 +5,7 @@
 One process, float32, packed rows, uniform weights. Each folder FOLDER/TASK/{train,valid}.jsonl, in MFTCoder's format, is one cluster.
 The total rank is that of a token's pass through all experts of all clusters. All variants live in one process and take turns step by
 step in an order that is new in each round; what is printed are medians, with quartiles, of the ratios within a round: a machine that
-is slow for a while is slow for all.
+is slow for a while is slow for all. With OMP_NUM_THREADS=1 the processor's time beside it leaves out what other programs took.
 """
 
 from __future__ import annotations
@@ -81,29 +81,33 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=25)
     arguments = parser.parse_args()
     processes, shuffle = Processes(), random.Random(0)
-    seconds: dict[str, list[float]] = {}
+    seconds: dict[str, list[tuple[float, float]]] = {}  # by the clock, of the processor
     with tempfile.TemporaryDirectory() as cache:
         sections = adapters(tasks_of(arguments.data), arguments.rank)
         runs = {name: build(arguments, processes, cache, adapter) for name, adapter in sections.items()}
         for number in range(1, arguments.rounds + 3):
             for name in shuffle.sample(list(runs), len(runs)):
                 batches = runs[name].micro_batches(number)
-                started = time.perf_counter()
+                started = time.perf_counter(), time.process_time()
                 train_step(runs[name].engine, runs[name].balancer, batches, 1e-4)
                 if number > 2:  # the first steps warm up
-                    seconds.setdefault(name, []).append(time.perf_counter() - started)
+                    seconds.setdefault(name, []).append((time.perf_counter() - started[0], time.process_time() - started[1]))
     print(
         f"{arguments.rows} rows of {arguments.length} tokens a step, ZeRO-{arguments.stage}, "
         f"{torch.get_num_threads()} threads, {arguments.rounds} rounds"
     )
     for name, run in runs.items():
-        ratios = [one / lora for one, lora in zip(seconds[name], seconds["lora"], strict=True)]
-        low, median, high = statistics.quantiles(ratios, n=4)
         gates = sum(p.numel() for n, p in run.engine.module.named_parameters() if ".gates." in n)
+        clock, processor = (over_lora([pair[kind] for pair in seconds[name]], [pair[kind] for pair in seconds["lora"]]) for kind in (0, 1))
         print(
-            f"{name:9} {statistics.median(seconds[name]):7.3f} s a step; over LoRA's {median:.3f} ({low:.3f}, {high:.3f}); "
+            f"{name:9} {statistics.median(pair[0] for pair in seconds[name]):7.3f} s a step; over LoRA's {clock}, of the processor {processor}; "
             f"{run.parameters['trainable'] - gates:,} parameters of experts, {gates:,} of gates"
         )
+
+
+def over_lora(ours: list[float], theirs: list[float]) -> str:
+    low, median, high = statistics.quantiles([one / lora for one, lora in zip(ours, theirs, strict=True)], n=4)
+    return f"{median:.3f} ({low:.3f}, {high:.3f})"
 
 
 if __name__ == "__main__":
