@@ -172,6 +172,25 @@ def export(
 
 
 @app.command()
+def evaluate(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="a run folder; or with --config the folder of an adapter or of a full model")],
+    config: Annotated[
+        Path | None, typer.Option(help="the experiment whose data is used, and whose adapter section says of 4 bits; else the run's")
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
+    tasks: Annotated[list[str], typer.Option("--task", help="may be repeated; else all tasks of the experiment")] = [],  # noqa: B006
+    split: Annotated[Literal["valid", "test", "train"] | None, typer.Option(help="else test where each task has test files, or valid")] = None,
+    out: Annotated[Path | None, typer.Option(help="a JSON file for the results")] = None,
+    model: Annotated[str | None, typer.Option(help="an adapter's base model, a Hugging Face folder or hub id; else the experiment's")] = None,
+    batch_rows: Annotated[int | None, typer.Option(min=1, help="rows of one forward pass; else training.micro_batch_rows")] = None,
+) -> None:
+    """Measure the exact loss and perplexity of each task, by the task's name."""
+    from mftcoder_coba.evaluation import evaluate as run_evaluation
+
+    run_evaluation(source, config, overrides, tasks, split, out, model, batch_rows)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders, e.g. runs/demo; several are compared side by side")],
     out: Annotated[Path | None, typer.Option(help="folder for report.html and its figures; needed for several runs; else RUN/report")] = None,

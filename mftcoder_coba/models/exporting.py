@@ -9,12 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig
 
@@ -24,6 +21,7 @@ from mftcoder_coba.errors import UserError
 from mftcoder_coba.models.cgc_lora import read_adapter
 from mftcoder_coba.models.cgc_lora.model import CONFIG_FILE, PEFT_TYPE, TASKS_FOLDER, TENSORS_FILE
 from mftcoder_coba.models.export import whole_folder
+from mftcoder_coba.models.exported import adapter_config, check_plain_adapter, exported_folder, load_plain_adapter
 from mftcoder_coba.models.loading import load_model
 
 TRUST_KEY, TRUST_OPTION = "set model.trust_remote_code = true", "add --trust-remote-code"
@@ -54,7 +52,9 @@ def export(
     Raises:
         UserError: the source holds nothing that can be exported so; or `out` is not empty or cannot be written; then nothing is left there.
     """
-    adapter = _adapter_folder(source)
+    adapter = exported_folder(source)
+    if not (adapter / CONFIG_FILE).is_file():
+        raise UserError("is a full model already, without an adapter", str(adapter), "load it as it is")
     if not merged and (base_model or dtype):
         raise UserError("without --merged, no model is written", "--base-model" if base_model else "--dtype", "leave it out, or add --merged")
     plain = _plain_adapters(adapter, task, merged)
@@ -83,24 +83,9 @@ def _in_words_of_the_command(error: UserError) -> UserError:
     return UserError(error.what, path, "; ".join(filter(None, [error.fix.replace(TRUST_KEY, TRUST_OPTION), "--base-model names another base model"])))
 
 
-def _adapter_folder(source: Path) -> Path:
-    """The folder of the adapter that `source` holds, or is. Raises UserError where there is none."""
-    if not source.is_dir():
-        raise UserError("no such folder", str(source), "give a run folder, or its folder export")
-    if (source / CONFIG_FILE).is_file():
-        return source
-    if (source / "export").is_dir():
-        return _adapter_folder(source / "export")
-    if (source / "metrics.jsonl").is_file() or (source / "checkpoints").is_dir():
-        raise UserError("this run has exported no model yet", str(source), "wait for its first validation, or train on")
-    if (source / "config.json").is_file():
-        raise UserError("is a full model already, without an adapter", str(source), "load it as it is")
-    raise UserError(f"holds neither a run nor an adapter ({CONFIG_FILE})", str(source), "give a run folder, or its folder export")
-
-
 def _plain_adapters(adapter: Path, task: str | None, merged: bool) -> dict[str, Path]:
     """Place below the output folder -> the plain LoRA adapter that is meant. Raises UserError where it cannot be had."""
-    kind = _config(adapter).get("peft_type")
+    kind = adapter_config(adapter).get("peft_type")
     if kind == PEFT_TYPE:
         structure = read_adapter(adapter)[0]
         if task is not None:
@@ -115,39 +100,8 @@ def _plain_adapters(adapter: Path, task: str | None, merged: bool) -> dict[str, 
     else:
         plain = {"": adapter}
     for folder in plain.values():
-        _check_plain(folder)
+        check_plain_adapter(folder)
     return plain
-
-
-def _check_plain(folder: Path) -> None:
-    """Raises UserError for what is no whole LoRA adapter in safetensors."""
-    kind = _config(folder).get("peft_type")
-    if kind != "LORA":
-        raise UserError(f"holds an adapter of the type {kind}, not LORA", str(folder), "copy the folder again")
-    if (folder / "adapter_model.bin").is_file() and not (folder / TENSORS_FILE).is_file():
-        raise UserError(
-            "the adapter is a pickle, which can run any code when it is read; only safetensors are", str(folder), "save it anew with PEFT"
-        )
-    _tensor_names(folder)
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"the adapter's config cannot be read: {getattr(error, 'strerror', None) or error}", str(path), "copy it again") from None
-    if not isinstance(tree, dict):
-        raise UserError("the adapter's config is no JSON object", str(path), "copy it again")
-    return tree
-
-
-def _tensor_names(folder: Path) -> set[str]:
-    try:
-        with safe_open(folder / TENSORS_FILE, "pt") as file:
-            return set(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"the adapter's tensors cannot be read: {error}", str(folder / TENSORS_FILE), "copy the folder again") from None
 
 
 def _trained_in_4_bits(adapter: Path) -> bool:
@@ -165,12 +119,12 @@ def _write_adapter(new: Path, folder: Path, adapter: Path, trust: bool) -> str:
     for name in (CONFIG_FILE, TENSORS_FILE):
         shutil.copyfile(folder / name, new / name)
     load_tokenizer(str(adapter), trust).save_pretrained(new)
-    return f"LoRA adapter of rank {_config(folder)['r']}"
+    return f"LoRA adapter of rank {adapter_config(folder)['r']}"
 
 
 def _write_merged(new: Path, folder: Path, adapter: Path, base_model: str | None, dtype: str | None, trust: bool) -> str:
     """The base model with a plain adapter merged in, and a tokenizer: the adapter's, else the base model's. Returns what it is."""
-    base = base_model or _config(folder).get("base_model_name_or_path")
+    base = base_model or adapter_config(folder).get("base_model_name_or_path")
     if not base:
         raise UserError("the adapter does not name its base model", str(folder / CONFIG_FILE), "name it with --base-model")
     model = _merged(_load_base(base, dtype, trust), folder)
@@ -200,30 +154,18 @@ def _merged(model: nn.Module, folder: Path) -> nn.Module:
     Raises:
         UserError: the adapter is not one of this model, changes weights that it shares with its embedding, or makes numbers that are not finite.
     """
-    from peft import PeftModel, get_peft_model_state_dict  # imports bitsandbytes where that is installed
-
-    where, fix = str(folder), "name the base model that it was trained on with --base-model"
     ends = model.get_input_embeddings(), model.get_output_embeddings()
     tied = ends[1] is not None and ends[0].weight is ends[1].weight
-    try:
-        with warnings.catch_warnings(action="ignore"):  # that tensors are missing is an error here
-            adapted = PeftModel.from_pretrained(model, folder)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(f"the adapter does not fit the base model: {lines[min(1, len(lines) - 1)].strip()}", where, fix) from error
-    own, found = set(get_peft_model_state_dict(adapted, save_embedding_layers=False)), _tensor_names(folder)
-    odd = [*sorted(own - found), *sorted(name for name in found - own if "lora_" in name)]
-    if odd:
-        raise UserError(f"the adapter does not fit the base model: {odd[0]} is in one of them only", where, fix)
+    adapted = load_plain_adapter(model, folder, "name the base model that it was trained on with --base-model")
     if tied and ends != (model.get_input_embeddings(), model.get_output_embeddings()):
         what = (
             "the adapter changes the embedding or the output layer, which share their weight in this model: they cannot both be right after merging"
         )
-        raise UserError(what, where, "serve it as an adapter, without --merged")
+        raise UserError(what, str(folder), "serve it as an adapter, without --merged")
     try:
         return adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:
-        raise UserError(f"merging makes numbers that are not finite: {error}", where, "take an adapter of an earlier step") from error
+        raise UserError(f"merging makes numbers that are not finite: {error}", str(folder), "take an adapter of an earlier step") from error
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -171,8 +171,8 @@ class CgcLoraModel(nn.Module):
                 own[name].copy_(tensor)
 
     @classmethod
-    def load(cls, base_model: nn.Module, folder: str | Path) -> CgcLoraModel:
-        """A saved adapter on a fresh base model, which is changed in place.
+    def load(cls, base_model: nn.Module, folder: str | Path, tasks: Sequence[str] | None = None) -> CgcLoraModel:
+        """A saved adapter on a fresh base model, which is changed in place. tasks: as for the class.
 
         Raises:
             UserError: the folder holds no such adapter, or one of another base model, which stays as it was.
@@ -184,7 +184,7 @@ class CgcLoraModel(nn.Module):
         for name in names:
             down, up = (tensors[f"base_model.{name}.{tensor}"] for tensor in first)
             layers[name] = (down.shape[1], up.shape[0], _device_of_fitting(base_model, name, down.shape[1], up.shape[0], folder))
-        model = cls(base_model, structure, layers)
+        model = cls(base_model, structure, layers, tasks=tasks)
         model.load_tensors(tensors)
         return model.eval()
 

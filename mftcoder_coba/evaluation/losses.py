@@ -1,0 +1,80 @@
+"""Loss and perplexity of each task: sum of the token losses / number of supervised tokens, over all of a split, computed as in training."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from mftcoder_coba.config import Config
+from mftcoder_coba.data import Batch, collate, validation_rows
+from mftcoder_coba.errors import UserError
+from mftcoder_coba.evaluation.loading import EvaluationData
+from mftcoder_coba.objective import MultiTaskObjective
+
+LARGEST_EXPONENT = 700.0  # a larger loss has a perplexity beyond float64
+
+
+@torch.no_grad()
+def task_losses(model: nn.Module, data: EvaluationData, config: Config, rows_per_batch: int) -> dict[str, dict[str, Any]]:
+    """Of each task {"samples", "tokens" (supervised ones), "loss", "perplexity"}. The loss is NaN or infinite where the model's is.
+
+    Args:
+        model: as `loading.load` returns it.
+        config: its `data` section says how rows are packed.
+        rows_per_batch: rows of one forward pass.
+
+    Raises:
+        UserError: the model's output layer is not one that is known here; a GPU has too little memory.
+    """
+    device = next(model.parameters()).device
+    objective = MultiTaskObjective(model, len(data.tasks))
+    first = torch.tensor([data.first_tokens], device=device)
+    objective.check_output_layer(first, torch.arange(first.shape[1], device=device)[None])
+    rows = validation_rows([split.lengths for split in data.splits], config.data.sequence_length, config.data.packing)
+    sums = torch.zeros(len(data.tasks), dtype=torch.float64, device=device)
+    tokens = [0] * len(data.tasks)
+    with _bar() as bar:
+        for start in bar.track(range(0, len(rows), rows_per_batch), description="evaluating"):
+            batch = collate(
+                rows[start : start + rows_per_batch],
+                data.splits,
+                len(data.tasks),
+                data.pad_token_id,
+                "token",
+                max_length=config.data.sequence_length,
+                isolate=config.data.packing != "none",
+            )
+            sums += _sums(objective, batch, device)
+            tokens = [total + int(more) for total, more in zip(tokens, batch.tokens, strict=True)]
+    return {task: _numbers(len(split), *of) for task, split, *of in zip(data.tasks, data.splits, tokens, sums.tolist(), strict=True)}
+
+
+def mean_loss(measured: dict[str, dict[str, Any]]) -> float:
+    """The plain mean over the tasks."""
+    return sum(task["loss"] for task in measured.values()) / len(measured)
+
+
+def _sums(objective: MultiTaskObjective, batch: Batch, device: torch.device) -> torch.Tensor:
+    """[tasks] float64: token losses, summed."""
+    inputs = (batch.input_ids, batch.position_ids, batch.labels, batch.task_ids, batch.loss_weights)
+    try:
+        return objective(*(values.to(device) for values in inputs), None)[1]
+    except torch.OutOfMemoryError as error:
+        rows, length = batch.input_ids.shape
+        raise UserError(f"the GPU's memory does not suffice for {rows} rows of {length} tokens", "--batch-rows", "give a smaller number") from error
+
+
+def _numbers(samples: int, tokens: int, loss_sum: float) -> dict[str, Any]:
+    loss = loss_sum / tokens
+    return {"samples": samples, "tokens": tokens, "loss": loss, "perplexity": math.exp(min(loss, LARGEST_EXPONENT))}
+
+
+def _bar() -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
