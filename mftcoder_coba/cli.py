@@ -12,6 +12,7 @@ import typer
 
 from mftcoder_coba.caches import cache_folder, keep_libraries_in
 from mftcoder_coba.errors import Interrupted, RunFailure, UserError
+from mftcoder_coba.merging import METHODS as MERGING_METHODS
 
 if TYPE_CHECKING:
     from mftcoder_coba.config import Config
@@ -169,6 +170,58 @@ def export(
     from mftcoder_coba.models.exporting import export as run_export
 
     print("\n".join(run_export(source, out, task, merged, base_model, dtype, trust_remote_code)))
+
+
+@app.command()
+def merge(
+    base: Annotated[str, typer.Option(help="the model that all were trained from: a Hugging Face folder or hub id")],
+    models: Annotated[list[Path], typer.Option("--models", help="a fine-tuned full model, a LoRA adapter, or a run; repeat it for each")],
+    out: Annotated[Path, typer.Option(help="a new folder")],
+    method: Annotated[Literal[*MERGING_METHODS], typer.Option(help="how each tensor is merged")] = "parameter_selection",
+    probabilities: Annotated[
+        list[float], typer.Option("--probabilities", help="parameter_selection: of choosing a model, one for each in their order; else equal")
+    ] = [],  # noqa: B006
+    resample_rounds: Annotated[
+        int | None, typer.Option(min=0, help="parameter_selection: draw again, so often, where the chosen model left a parameter unchanged; else 0")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="parameter_selection, dare_*: of the draws; else 0")] = None,
+    density: Annotated[float | None, typer.Option(help="ties, dare_*: the share of each update that is kept; else 0.2, for dare_* 0.1")] = None,
+    weight: Annotated[
+        list[float], typer.Option("--weight", help="linear, task_arithmetic, ties, dare_*: one for all, or one for each; else 1/K")
+    ] = [],  # noqa: B006
+    dtype: Annotated[Literal["bfloat16", "float16", "float32"] | None, typer.Option(help="of the merged full model; else the models' own")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="adapters: write a LoRA adapter of this rank, instead of a full model")] = None,
+) -> None:
+    """Merge models that were trained from one base, e.g. in different data orders, into one."""
+    from mftcoder_coba.merging import merge as run_merge
+
+    options = {"probabilities": probabilities, "resample_rounds": resample_rounds, "seed": seed, "density": density, "weight": weight}
+    print("\n".join(run_merge(base, models, method, out, dtype, rank, **options)))
+
+
+@app.command()
+def orders(
+    config: ConfigFile,
+    out: Annotated[Path, typer.Option(help="the folder of runs, merges and tables; the same command goes on in it")],
+    count: Annotated[int, typer.Option(help="data orders, with a run for each; may be raised later")] = 5,
+    methods: Annotated[
+        list[str],
+        typer.Option("--methods", help="of the command merge, may be repeated; else linear, norm_rescaled_average and parameter_selection"),
+    ] = [],  # noqa: B006
+    resample_rounds: Annotated[int, typer.Option(help="parameter_selection is also tried with so many; 0: it is not")] = 10,
+    selection_seeds: Annotated[int, typer.Option(help="merges of each method that draws")] = 3,
+    positions: Annotated[int, typer.Option(help="training samples whose loss is set against their place in the first epoch; 0: none")] = 4000,
+    overrides: Overrides = [],  # noqa: B006
+    launcher: Annotated[str, typer.Option(help='what starts each run on several processes, e.g. "deepspeed --num_gpus 2"')] = "",
+    keep_models: Annotated[bool, typer.Option("--keep-models", help="keep the merged models; those of the runs always stay")] = False,
+) -> None:
+    """Train models in several data orders, merge them, and measure what merging and the order do."""
+    from mftcoder_coba.config import load_config
+
+    keep_libraries_in(cache_folder(load_config(config, overrides).data.cache_dir))
+    from mftcoder_coba.orders import orders as run_orders
+
+    run_orders(config, out, count, methods, resample_rounds, selection_seeds, positions, overrides, launcher, keep_models)
 
 
 @app.command()

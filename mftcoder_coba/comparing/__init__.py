@@ -4,14 +4,15 @@ methods   names and plan file -> methods: what each changes in the experiment
 runs      pure: base config, methods, seeds -> configs and steps of all runs
 folder    what the comparison was made from, so that nothing else gets into its tables
 running   runs as subprocesses of `train`; which are finished
-results   run folders -> numbers        tables    numbers -> means over seeds, marked
+results   run folders -> numbers        tables, layouts    numbers -> means over seeds, marked
 curves    run folders -> curves         figures   curves -> figures        showing   files and page
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from mftcoder_coba.comparing.folder import claim, lock
@@ -21,7 +22,7 @@ from mftcoder_coba.comparing.running import command_of, drop_models, is_finished
 from mftcoder_coba.comparing.runs import PlannedRun, check_methods, plan_runs
 from mftcoder_coba.comparing.showing import Comparison, write_page, write_tables
 from mftcoder_coba.comparing.tables import build_tables
-from mftcoder_coba.config import load_config
+from mftcoder_coba.config import Config, load_config
 from mftcoder_coba.data import prepare
 from mftcoder_coba.errors import RunFailure, UserError
 
@@ -34,9 +35,11 @@ __all__ = [
     "Value",
     "build_tables",
     "built_in",
+    "check_all_finished",
     "choose_methods",
     "compare",
     "plan_runs",
+    "trained",
     "values_of",
 ]
 
@@ -75,28 +78,50 @@ def compare(
         UserError: what the user gave is wrong; nothing was run.
         RunFailure: some run did not finish; all that there is was written.
     """
-    out = out.absolute()
     base = load_config(config, overrides)
-    chosen = choose_methods(base, methods, plan)
-    check_methods(base, chosen)
+    with trained(config, base, choose_methods(base, methods, plan), seeds, out, launcher, keep_models, say) as (comparison, finished):
+        page = write_page(comparison, finished)
+    for name in ("compare.md", "compare.csv", "figures", page.name):
+        say(f"written: {comparison.out / name}")
+    check_all_finished(comparison)
+    return page
+
+
+@contextmanager
+def trained(
+    config: Path, base: Config, methods: Methods, seeds: Sequence[int], out: Path, launcher: str, keep_models: bool, say: Callable[[str], None]
+) -> Iterator[tuple[Comparison, list[PlannedRun]]]:
+    """Trains every method with every seed as `compare` does, and writes its tables. The folder stays locked for the block.
+
+    Args:
+        config: the file that `base` was read from, for people.
+
+    Yields:
+        what was asked for, with the runs that failed; and the finished runs.
+
+    Raises:
+        UserError: see `compare`.
+    """
+    out = out.absolute()
+    check_methods(base, methods)
     _check_seeds(seeds)
     command_of(launcher, config)
     corpus = prepare(base.data, base.model.path, base.model.trust_remote_code)
-    runs = plan_runs(base, chosen, list(dict.fromkeys(seeds)) or [base.run.seed], out, corpus, alone=not launcher)
+    runs = plan_runs(base, methods, list(dict.fromkeys(seeds)) or [base.run.seed], out, corpus, alone=not launcher)
     with lock(out):
-        claim(out, base, chosen, launcher, corpus, runs)
-        comparison = Comparison(out, str(config), base.model_dump(), chosen, corpus.tasks, runs, {})
-        finished = _run_all(comparison, launcher, keep_models, say)
-        page = write_page(comparison, finished)
-    for name in ("compare.md", "compare.csv", "figures", page.name):
-        say(f"written: {out / name}")
+        claim(out, base, methods, launcher, corpus, runs)
+        comparison = Comparison(out, str(config), base.model_dump(), methods, corpus.tasks, runs, {})
+        yield comparison, _run_all(comparison, launcher, keep_models, say)
+
+
+def check_all_finished(comparison: Comparison) -> None:
+    """Raises RunFailure where some run did not finish."""
     if comparison.failed:
         names = ", ".join(comparison.failed)
         raise RunFailure(
-            f"{len(comparison.failed)} of {len(runs)} runs did not finish: {names}. The tables leave them out. What they said is in "
-            f"{out / 'logs'}; the same command tries them again."
+            f"{len(comparison.failed)} of {len(comparison.runs)} runs did not finish: {names}. The tables leave them out. What they said is in "
+            f"{comparison.out / 'logs'}; the same command tries them again."
         )
-    return page
 
 
 def _check_seeds(seeds: Sequence[int]) -> None:

@@ -5,6 +5,7 @@ OUT/configs/RUN.json    the config of each run
 OUT/logs/RUN.log        what the run printed
 OUT/RUN/                an ordinary run folder
 OUT/compare.*           tables, page; OUT/figures/ PNG files
+OUT/orders.*            and OUT/results/, of the command `orders`
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ DIFFERENCES_TOLD = 5
 
 
 def lock(out: Path) -> FileLock:
-    """Keeps other comparisons out of the folder while the lock is held.
+    """Keeps other processes out of the folder while the lock is held.
 
     Raises:
-        UserError: it cannot be made or written, or another comparison works in it.
+        UserError: it cannot be made or written, or another process works in it.
     """
     held = FileLock(out / ".compare.lock")
     try:
         out.mkdir(parents=True, exist_ok=True)
         held.acquire(blocking=False)
     except Timeout:
-        raise UserError("another compare is working in this folder", str(out), "wait for its end, or choose another --out") from None
+        raise UserError("another compare or orders is working in this folder", str(out), "wait for its end, or choose another --out") from None
     except OSError as error:
         raise UserError(f"cannot be written: {error.strerror}", str(out), "choose another --out") from None
     return held

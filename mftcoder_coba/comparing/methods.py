@@ -14,7 +14,7 @@ from mftcoder_coba.config import BALANCERS, Config, merged
 from mftcoder_coba.errors import UserError, suggestion
 
 SINGLE_TASK = "single_task"
-PARTS = ("balancer", "adapter", "training", "per_task")
+PARTS = ("balancer", "adapter", "training", "data_order_seed", "per_task")
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\*?")
 _EXAMPLE = '{"coba-tau2": {"kind": "coba", "tau": 2.0}, "STL": "single_task", "lora-per-task": {"per_task": true, "adapter": {"kind": "lora"}}}'
@@ -27,7 +27,8 @@ class Method:
     Attributes:
         balancer: the section in the place of the experiment's; None: a model of its own for each task, which has nothing to balance.
         changes: sections that are laid over the experiment's as a file is over the one that it extends: `adapter` (None is full-parameter
-            training), and `training` with a learning rate and nothing else, for all methods train on the same data.
+            training), and `training` with a learning rate and nothing else, for all methods train on the same data; and
+            `data_order_seed`, which takes the place of the experiment's `run.data_order_seed`.
     """
 
     balancer: dict[str, Any] | None
@@ -39,7 +40,10 @@ class Method:
 
     def over(self, tree: dict[str, Any]) -> dict[str, Any]:
         """A config's tree with this method's sections in it; the one task of a model has its weight from `uniform`."""
-        return merged(tree, self.changes) | {"balancer": self.balancer or {"kind": "uniform"}}
+        changes = {part: value for part, value in self.changes.items() if part != "data_order_seed"}
+        if "data_order_seed" in self.changes:
+            changes["run"] = {"data_order_seed": self.changes["data_order_seed"]}
+        return merged(tree, changes) | {"balancer": self.balancer or {"kind": "uniform"}}
 
     def written(self) -> dict[str, Any] | None:
         """As plain values that tell methods apart: a `balancer` section, None for `single_task`, or the parts of a plan file."""
@@ -72,7 +76,7 @@ def choose_methods(base: Config, names: Sequence[str], plan: Path | None) -> Met
         names: built-in names.
         plan: a JSON file, name -> method: a built-in name, a `balancer` section of a config, or an object of some of these parts:
             "balancer": a section; "adapter": a section, laid over the experiment's, or null; "training": {"learning_rate": ...};
-            "per_task": true for a model of its own for each task.
+            "data_order_seed": a number, or null for the seed of the run; "per_task": true for a model of its own for each task.
 
     Returns:
         name -> method, its sections not yet validated; all built-in methods where nothing is given.
@@ -166,6 +170,8 @@ def _changes(parts: dict[str, Any], folder: Path, where: str) -> dict[str, Any]:
             what = f"is {json.dumps(training)}; it may hold a learning_rate and nothing else, or methods would not train on equal data"
             raise UserError(what, f"{where}.training", "what all methods share belongs in the experiment")
         changes["training"] = training
+    if "data_order_seed" in parts:
+        changes["data_order_seed"] = parts["data_order_seed"]
     return changes
 
 

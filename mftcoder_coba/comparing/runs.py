@@ -44,9 +44,9 @@ def check_methods(base: Config, methods: Methods) -> None:
 def plan_runs(base: Config, methods: Methods, seeds: Sequence[int], out: Path, corpus: Corpus, alone: bool) -> list[PlannedRun]:
     """The runs, in the order in which they are made: all methods of a seed, then the next seed.
 
-    Runs of one seed have the same data order, validation mini-batches and number of steps, and draw the initial values of their adapters
-    with the same seed: those of one adapter are the same. A balancer that draws random numbers of its own draws with the seed of the run,
-    unless its settings name another.
+    Runs of one seed have the same validation mini-batches, the same data order and number of steps unless their methods name an order,
+    and draw the initial values of their adapters with the same seed: those of one adapter are the same. A balancer that draws random
+    numbers of its own draws with the seed of the run, unless its settings name another.
 
     Args:
         out: absolute; run folders lie in it.
@@ -63,11 +63,15 @@ def plan_runs(base: Config, methods: Methods, seeds: Sequence[int], out: Path, c
     runs = []
     for seed in seeds:
         seeded = validate(_tree(base, out, seed), f"seed {seed}")
-        schedule = training_schedule(seeded, corpus.splits["train"])
-        plan = plan_steps(seeded, schedule, 1)  # the number of steps does not depend on that of processes
+        schedules: dict[int, TrainSchedule] = {}
         stream = balancer_stream(seeded, corpus.splits["valid"], seeded.validation.balancer_rows_per_rank)
         for name, method in methods.items():
             config = _config_of(seeded, name, method)
+            order = config.run.order_seed
+            if order not in schedules:
+                schedules[order] = training_schedule(config, corpus.splits["train"])
+            schedule = schedules[order]
+            plan = plan_steps(config, schedule, 1)  # the number of steps does not depend on that of processes
             if method.balancer is None:
                 runs += [_single_task(config, name, number, schedule, plan, corpus) for number in range(len(corpus.tasks))]
                 continue

@@ -52,11 +52,11 @@ def write_tables(comparison: Comparison, finished: Sequence[PlannedRun]) -> tupl
         [name for name, method in comparison.methods.items() if method.per_task],
         reference or "uniform",
     )
-    _write(comparison.out / "compare.csv", values_csv(_in_order(values, comparison)))
+    write_text(comparison.out / "compare.csv", values_csv(_in_order(values, comparison)))
     for table in tables:
-        _write(comparison.out / f"compare-{table.name}.csv", to_csv(table))
+        write_text(comparison.out / f"compare-{table.name}.csv", to_csv(table))
     head = [f"# {_title(comparison.methods)}", "", *(f"- {line}" for line in facts(comparison, finished, outcomes))]
-    _write(comparison.out / "compare.md", to_markdown(tables, head, settings_of(comparison)))
+    write_text(comparison.out / "compare.md", to_markdown(tables, head, settings_of(comparison)))
     return outcomes, tables
 
 
@@ -64,15 +64,36 @@ def write_page(comparison: Comparison, finished: Sequence[PlannedRun]) -> Path:
     """All tables and figures, and compare.html, which needs no other file and no network. Returns its path."""
     outcomes, tables = write_tables(comparison, finished)
     charts = draw(charts_of(outcomes, comparison.tasks), comparison.out / "figures")
+    title = f"{_title(comparison.methods)}: {comparison.experiment['run']['name']}"
+    told = facts(comparison, finished, outcomes)
+    return page_of(comparison.out / "compare.html", title, told, tables, charts, settings_of(comparison), comparison.experiment)
+
+
+def page_of(
+    file: Path,
+    title: str,
+    told: Sequence[str],
+    tables: Sequence[Table],
+    charts: Sequence[dict[str, Any]],
+    settings: Sequence[Sequence[str]],
+    experiment: dict[str, Any],
+) -> Path:
+    """Writes a page and returns its path: facts, the first table, figures, the other tables, and how it was run.
+
+    Args:
+        charts: as `figures.draw` gives them.
+        settings: the cells of the last table, row by row, header first.
+        experiment: the config, shown whole.
+    """
     return write_html(
-        comparison.out / "compare.html",
+        file,
         Path(__file__).with_name("comparison.html"),
-        title=f"{_title(comparison.methods)}: {comparison.experiment['run']['name']}",
-        facts=facts(comparison, finished, outcomes),
+        title=title,
+        facts=told,
         tables=tables,
         charts=[{"chart": drawn["chart"], "wide": png_uri(drawn["wide"]), "narrow": png_uri(drawn["narrow"])} for drawn in charts],
-        methods=settings_of(comparison),
-        config=json.dumps(comparison.experiment, indent=2, ensure_ascii=False),
+        methods=settings,
+        config=json.dumps(experiment, indent=2, ensure_ascii=False),
     )
 
 
@@ -84,9 +105,12 @@ def facts(comparison: Comparison, finished: Sequence[PlannedRun], outcomes: Sequ
         f"Experiment {comparison.config}; tasks: {', '.join(comparison.tasks)}; seeds: {', '.join(map(str, comparison.seeds))}.",
     ]
     if steps:
-        number = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,} (each seed packs its data in its own order)"
+        orders = any("data_order_seed" in method.changes for method in comparison.methods.values())
+        whose = "each run packs" if orders else "each seed packs"
+        number = f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,} ({whose} its data in its own order)"
         adapters = " of each adapter" if any("adapter" in method.changes for method in comparison.methods.values()) else ""
-        shared = f"runs of one seed share initial values{adapters}, data order and validation mini-batches"
+        order = "the data order where methods do not name one" if orders else "data order"
+        shared = f"runs of one seed share initial values{adapters}, {order} and validation mini-batches"
         told.append(f"Every method trains for {number} steps and is validated every {interval:,}; {shared}.")
     singles = [name for name, method in comparison.methods.items() if method.per_task]
     if singles:
@@ -112,14 +136,19 @@ def facts(comparison: Comparison, finished: Sequence[PlannedRun], outcomes: Sequ
 
 
 def settings_of(comparison: Comparison) -> list[list[str]]:
-    """What the methods are: a header, then a row for each. Adapter and learning rate are there if some method changes them."""
+    """What the methods are: a header, then a row for each. The others than the balancer are there if some method changes them."""
     header, rows = ["method", "balancer"], []
-    changed = [part for part in ("adapter", "training") if any(part in method.changes for method in comparison.methods.values())]
-    header += [{"adapter": "adapter", "training": "learning rate"}[part] for part in changed]
+    changed = [part for part in ("adapter", "training", "data_order_seed") if any(part in method.changes for method in comparison.methods.values())]
+    header += [{"adapter": "adapter", "training": "learning rate", "data_order_seed": "seed of the data order"}[part] for part in changed]
     for name, method in comparison.methods.items():
         config = next(run.config for run in comparison.runs if run.method == name)
         adapter = {"kind": config.adapter.kind} | config.adapter.model_dump(exclude_none=True) if config.adapter else None
-        shown = {"adapter": json.dumps(adapter) if adapter else "none: all parameters are trained", "training": f"{config.training.learning_rate:g}"}
+        order = config.run.data_order_seed
+        shown = {
+            "adapter": json.dumps(adapter) if adapter else "none: all parameters are trained",
+            "training": f"{config.training.learning_rate:g}",
+            "data_order_seed": "that of the run" if order is None else str(order),
+        }
         balancer = json.dumps(method.balancer) if method.balancer else "none: one model per task"
         rows.append([name, balancer, *(shown[part] for part in changed)])
     return [header, *rows]
@@ -149,7 +178,7 @@ def _in_order(values: Sequence[Value], comparison: Comparison) -> list[Value]:
     return sorted(values, key=lambda value: (methods.index(value.method), comparison.seeds.index(value.seed)))
 
 
-def _write(file: Path, text: str) -> None:
+def write_text(file: Path, text: str) -> None:
     aside = file.with_name(f".{file.name}.new")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, file)

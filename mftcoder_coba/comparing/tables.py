@@ -5,32 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mftcoder_coba.comparing.results import ALL, DEVIATION, MEAN, RANGE, Value
+from mftcoder_coba.comparing.layouts import Column, Layout, comparison_layouts
+from mftcoder_coba.comparing.results import MEAN, Value
 
 ABSENT = "–"
-
-
-@dataclass(frozen=True)
-class Column:
-    """A metric of a task, or of all.
-
-    Attributes:
-        decimals: of a mean of this size and its deviation.
-        marked: less is better, and the least is marked.
-        exact: a count that does not depend on the seed: shown in all its digits.
-    """
-
-    title: str
-    metric: str
-    task: str
-    decimals: Callable[[float], int]
-    marked: bool
-    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,28 +63,33 @@ def build_tables(
         singles: methods that train a model per task; what they come to is not of one model, and not marked.
         reference: the method that times are relative to.
     """
+
+    def ratio(method: str) -> float:
+        found = [value.value for value in values if (value.method, value.metric, value.task) == (method, "ratio", MEAN)]
+        return float(np.mean(found)) if found else np.inf
+
+    sizes = len({value.value for value in values if value.metric == "trained_parameters"})
+    rows = {method: "" if finished[method] == seeds else f"{finished[method]} of {seeds} seeds" for method in sorted(finished, key=ratio)}
+    return fill(comparison_layouts(tasks, ", ".join(singles), reference, sizes > 1), values, rows, singles)
+
+
+def fill(layouts: Sequence[Layout], values: Sequence[Value], rows: Mapping[str, str], unmarked: Sequence[str] = ()) -> list[Table]:
+    """Tables of these layouts: the mean and deviation of the values of each method.
+
+    Args:
+        rows: method -> note, in the order of the rows.
+        unmarked: methods that are never marked as the best.
+    """
     samples: dict[tuple[str, str, str], list[float]] = {}
     for value in values:
         samples.setdefault((value.method, value.metric, value.task), []).append(value.value)
-
-    def ratio(method: str) -> float:
-        found = samples.get((method, "ratio", MEAN))
-        return float(np.mean(found)) if found else np.inf
-
-    order = sorted(finished, key=ratio)
     tables = []
-    for name, title, columns, notes in _layouts(tasks, ", ".join(singles), reference, _sizes_differ(values)):
-        cells = {column: _cells(column, order, samples, singles) for column in columns}
-        rows = []
-        for number, method in enumerate(order):
-            note = "" if finished[method] == seeds else f"{finished[method]} of {seeds} seeds"
-            rows.append(Row(method, note, [cells[column][number] for column in columns]))
-        tables.append(Table(name, title, columns, rows, notes))
+    for layout in layouts:
+        cells = [_cells(column, list(rows), samples, unmarked) for column in layout.columns]
+        of_methods = list(zip(*cells, strict=True))
+        filled = [Row(method, note, list(of_method)) for (method, note), of_method in zip(rows.items(), of_methods, strict=True)]
+        tables.append(Table(layout.name, layout.title, layout.columns, filled, layout.notes))
     return tables
-
-
-def _sizes_differ(values: Sequence[Value]) -> bool:
-    return len({value.value for value in values if value.metric == "trained_parameters"}) > 1
 
 
 def _cells(column: Column, methods: Sequence[str], samples: Mapping[tuple[str, str, str], list[float]], singles: Sequence[str]) -> list[Cell]:
@@ -119,75 +107,6 @@ def _cells(column: Column, methods: Sequence[str], samples: Mapping[tuple[str, s
         return cells
     least = min(candidates)[1]  # what reads the same is equally good
     return [replace(cell, best=cell.text == least and method not in singles) for cell, method in zip(cells, methods, strict=True)]
-
-
-def _layouts(tasks: Sequence[str], singles: str, reference: str, sizes: bool) -> list[tuple[str, str, list[Column], list[str]]]:
-    """(name, title, columns, notes) of each table. `sizes`: with the numbers of trained parameters."""
-
-    def per_task(metric: str, decimals: Callable[[float], int], marked: bool = True) -> list[Column]:
-        return [Column(task, metric, task, decimals, marked) for task in tasks]
-
-    mean_ratio = Column("mean ratio", "ratio", MEAN, _four, True)
-    selected = Column("selected step", "selected_step", ALL, _whole, False)
-    spread = Column("range of lowest steps", "lowest_step", RANGE, _whole, True)
-    time = Column("relative time", "relative_time", ALL, _two, True)
-    trained = Column("trained parameters", "trained_parameters", ALL, _whole, False, exact=True)
-    at_best = "at the selected checkpoint: the validation that is best by validation.early_stopping.criterion over the whole run"
-    lowest = "lowest step of a task: the step of the validation after the start where its ratio is lowest, of equal ones the first"
-    ratio = "ratio: full validation loss (mean over tokens) over that before training"
-    balance = "range: the largest minus the smallest lowest step of the tasks; small means that all converge together"
-    seconds = (
-        "seconds a step: median seconds of training steps, plus the median seconds of the balancer's observations times the part of the steps "
-        "that have one; without validation, checkpoints and the start of the process"
-    )
-    relative = f"relative time: seconds a step over those of {reference} with the same seed"
-    size = "trained parameters: of the model, or of the adapter" + (f"; {singles}: of the runs of all tasks together" if singles else "")
-    own = [f"{singles}: each task from a run of its own, selected by its own ratio; not marked, for it is not one model but a model per task"]
-    own_steps = [f"{singles}: steps of each task's own run; these are on no common scale and have no range"]
-    layouts = [
-        (
-            "overview",
-            "Overview",
-            [mean_ratio, *([trained] * sizes), selected, spread, time],
-            [
-                f"mean ratio: mean over tasks of the {ratio}, {at_best}",
-                *([size] * sizes),
-                "selected step: the step of this checkpoint",
-                f"{balance}; {lowest}",
-                f"{relative}; {seconds}",
-            ],
-        ),
-        ("ratio", "Validation ratio", [*per_task("ratio", _four), mean_ratio, selected], [f"{ratio}, {at_best}"]),
-        ("loss", "Validation loss", [*per_task("loss", _four), Column("mean", "loss", MEAN, _four, True)], [f"loss: nats a token, {at_best}"]),
-        (
-            "perplexity",
-            "Validation perplexity",
-            [*per_task("perplexity", _digits), Column("mean", "perplexity", MEAN, _digits, True)],
-            [f"perplexity: exp of the loss, {at_best}; mean: of the tasks' perplexities"],
-        ),
-        (
-            "lowest_ratio",
-            "Lowest ratio at any validation",
-            [*per_task("lowest_ratio", _four), Column("mean", "lowest_ratio", MEAN, _four, True)],
-            ["lowest ratio: of each task by itself, each at a step of its own; what one checkpoint loses against it is the price of sharing it"],
-        ),
-        (
-            "lowest_step",
-            "Step where each task is at its lowest",
-            [*per_task("lowest_step", _whole, False), spread, Column("deviation", "lowest_step", DEVIATION, _whole, True)],
-            [lowest, balance, "deviation: the standard deviation of the tasks' lowest steps (over all tasks, not a sample)"],
-        ),
-        (
-            "time",
-            "Time",
-            [Column("steps", "steps", ALL, _whole, False), Column("seconds a step", "seconds_per_step", ALL, _digits, True), time],
-            [seconds, relative],
-        ),
-    ]
-    if not singles:
-        return layouts
-    extra = {"lowest_step": own_steps, "time": [f"{singles}: the steps of all its runs together; every run uses the same global batch"]}
-    return [(name, title, columns, [*notes, *extra.get(name, own)]) for name, title, columns, notes in layouts]
 
 
 def seeds_note(seeds: int) -> str:
@@ -243,23 +162,6 @@ def _line(cells: Sequence[str]) -> str:
 
 def _escaped(text: str) -> str:
     return text.replace("*", "\\*").replace("_", "\\_").replace("|", "\\|")
-
-
-def _four(_: float) -> int:
-    return 4
-
-
-def _two(_: float) -> int:
-    return 2
-
-
-def _whole(_: float) -> int:
-    return 0
-
-
-def _digits(value: float) -> int:
-    """So many that four digits show in all."""
-    return max(0, 3 - math.floor(math.log10(value))) if value > 0 else 3
 
 
 def _text(value: float, decimals: int) -> str:

@@ -166,7 +166,7 @@ def test_mistakes_are_found_before_anything_runs(call, tmp_path):
 
 
 def test_two_comparisons_do_not_work_in_one_folder(call, tmp_path):
-    with lock(tmp_path / "out"), pytest.raises(UserError, match="another compare is working"):
+    with lock(tmp_path / "out"), pytest.raises(UserError, match="another compare or orders is working"):
         call()
 
 

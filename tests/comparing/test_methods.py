@@ -123,13 +123,29 @@ def test_an_adapter_is_laid_over_the_experiments_and_replaces_one_of_another_kin
     assert trees["coba"]["balancer"] == {"kind": "coba"}  # a balancer comes with its defaults
 
 
+def test_an_order_takes_the_place_of_the_experiments(chosen):
+    base = {"run": {"seed": 5, "data_order_seed": None}, "balancer": {"kind": "coba"}}
+    methods = chosen({"one": {"data_order_seed": 1}, "own": {"data_order_seed": None}, "same": {}})
+    assert {name: method.over(base)["run"] for name, method in methods.items()} == {
+        "one": {"seed": 5, "data_order_seed": 1},
+        "own": {"seed": 5, "data_order_seed": None},
+        "same": {"seed": 5, "data_order_seed": None},
+    }
+    assert methods["one"].written() == {"balancer": {"kind": "random"}, "data_order_seed": 1} and base["run"]["data_order_seed"] is None
+
+
 def test_an_adapter_to_begin_with_is_found_beside_the_plan(chosen, tmp_path):
     method = chosen({"a": {"adapter": {"kind": "moe_lora", "initial_adapter": "../first/export"}}})["a"]
     assert method.changes["adapter"]["initial_adapter"] == str(tmp_path.parent / "first" / "export")
 
 
 def test_what_is_written_down_tells_methods_apart_and_reads_back(chosen):
-    plan = PLAN | {"alone": {"per_task": True}, "alone-lora": {"per_task": True, "adapter": {"kind": "lora"}}, "coba": {"kind": "coba"}}
+    plan = PLAN | {
+        "alone": {"per_task": True},
+        "alone-lora": {"per_task": True, "adapter": {"kind": "lora"}},
+        "coba": {"kind": "coba"},
+        "order": {"data_order_seed": 3},
+    }
     written = {name: method.written() for name, method in chosen(plan).items()}
     assert len({json.dumps(tree) for tree in written.values()}) == len(plan)
     again = chosen({name: "single_task" if tree is None else tree for name, tree in written.items()}, balancer={"kind": "uniform"})

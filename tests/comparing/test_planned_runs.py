@@ -1,5 +1,6 @@
 """Base config, methods and seeds -> runs. The corpus has 40 rows of task a and 8 of b, in steps of 4 rows."""
 
+import numpy as np
 import pytest
 
 from mftcoder_coba.comparing import Method, built_in, choose_methods, plan_runs
@@ -31,6 +32,35 @@ def test_runs_of_a_seed_differ_in_name_and_balancer_alone(make_experiment, corpu
     assert first == second
     assert first["run"] == {**base.run.model_dump(exclude={"name"}), "dir": "/out", "seed": 1}
     assert first["training"] == base.model_dump()["training"] and first["data"] == base.model_dump()["data"]
+
+
+def test_orders_differ_in_the_order_alone(make_experiment, corpus):
+    methods = {f"order-{number}": Method({"kind": "coba"}, {"data_order_seed": number}) for number in (1, 2)}
+    first, second = (run.config.model_dump() for run in plan(make_experiment(), corpus, methods))
+    assert [tree["run"].pop("data_order_seed") for tree in (first, second)] == [1, 2]
+    assert first["run"].pop("name") != second["run"].pop("name")
+    assert first == second
+
+
+def test_the_steps_of_an_order_are_those_of_its_own_packing(make_experiment):
+    lengths = np.random.default_rng(0).integers(2, 17, 60)
+    parts = [TaskData.from_samples([(np.zeros(length, np.int32), np.ones(length, bool)) for length in lengths]) for _ in "ab"]
+    corpus = Corpus(("a", "b"), {"train": parts, "valid": parts, "test": parts}, {}, "mftcoder", 0)
+    methods = {f"order-{number}": Method({"kind": "coba"}, {"data_order_seed": number}) for number in range(12)}
+    changes = {"data__packing": "best_fit", "training__global_batch_rows": 1, "training__micro_batch_rows": 1, "training__epochs": 1}
+    base = make_experiment(**changes)
+    steps = {run.method: run.total_steps for run in plan(base, corpus, methods)}
+    alone = [make_experiment(**changes, run__data_order_seed=number) for number in range(12)]
+    assert list(steps.values()) == [plan(of, corpus, {"coba": METHODS["coba"]})[0].total_steps for of in alone] and len(set(steps.values())) > 1
+
+
+@pytest.mark.parametrize(
+    ("order", "message"), [(-1, "run.data_order_seed is -1"), ("one", 'run.data_order_seed is "one"'), (True, "run.data_order_seed is true")]
+)
+def test_an_order_that_is_no_seed_is_told(make_experiment, order, message):
+    with pytest.raises(UserError, match=message) as error:
+        check_methods(make_experiment(), {"mine": Method({"kind": "coba"}, {"data_order_seed": order})})
+    assert error.value.where == "method mine"
 
 
 def test_nobody_stops_early_and_killed_runs_resume(make_experiment, corpus):
