@@ -5,6 +5,7 @@
 #   MFTCODER_COBA_CACHE      models and tokenised data          default: ~/.cache/mftcoder_coba
 #   MFTCODER_COBA_GPU_PARTS  1 installs requirements-gpu.txt    default: 0
 #   PYTHON                   the interpreter of a new venv      default: the first Python >= 3.11 on the PATH
+#   MFTCODER_COBA_CHECK_SECONDS  of the all-reduce that launchers for several GPUs measure before a run   default: 10
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${MFTCODER_COBA_VENV:-$ROOT/.venv}"
@@ -18,6 +19,11 @@ export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:T
 # (NCCL_SOCKET_IFNAME, NCCL_IB_HCA) belong to the cluster: set them before calling a launcher, they are passed on.
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
+# What the ranks on other machines must find in their environment: a launcher over ssh passes on these and nothing else. All NCCL_* besides.
+PASSED_ON=(
+    PATH MFTCODER_COBA_CACHE TOKENIZERS_PARALLELISM PYTORCH_CUDA_ALLOC_CONF TORCH_NCCL_ASYNC_ERROR_HANDLING
+    HF_HOME HF_HUB_OFFLINE OMP_NUM_THREADS DS_ACCELERATOR GLOO_SOCKET_IFNAME
+)
 
 say() { printf '== %s\n' "$*" >&2; }
 
@@ -93,4 +99,47 @@ use_machine() {
 # A port that nobody listens on now: two runs on one machine do not meet.
 free_port() {
     python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'
+}
+
+# The launchers' own options are taken out of the command line: --dry-run, --no-check. The rest is left in ARGUMENTS.
+# shellcheck disable=SC2034 # those who source this file read them
+read_launch_options() {
+    DRY_RUN=0 CHECK=1 ARGUMENTS=()
+    local argument
+    for argument in "$@"; do
+        case "$argument" in
+            --dry-run) DRY_RUN=1 ;;
+            --no-check) CHECK=0 ;;
+            *) ARGUMENTS+=("$argument") ;;
+        esac
+    done
+}
+
+# The variables of PASSED_ON that are set, and NCCL's, as NAME=VALUE lines.
+passed_on() {
+    local name
+    for name in "${PASSED_ON[@]}" "${!NCCL_@}"; do
+        if [[ -n "${!name:-}" ]]; then
+            printf '%s=%s\n' "$name" "${!name}"
+        fi
+    done
+}
+
+# With --dry-run the virtual environment need not be there: nothing is started.
+use_environment_to_launch() {
+    if ((DRY_RUN)); then
+        passed_on | sed '/^PATH=/d; s/^/# /' # too long to read, and the caller's own
+    else
+        use_environment
+    fi
+}
+
+# Starts a command, or shows it with --dry-run, so that a shell reads it as it would have been started.
+launch() {
+    if ((DRY_RUN)); then
+        printf '%q ' "$@" | sed 's/ $//'
+        printf '\n'
+    else
+        "$@"
+    fi
 }

@@ -74,21 +74,52 @@ def plan(
     config: ConfigFile,
     overrides: Overrides = [],  # noqa: B006
     gpus: Annotated[int, typer.Option(min=1, help="processes of the run")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    gpu_memory_gib: Annotated[float, typer.Option(min=0)] = 80.0,
+    peak_tflops: Annotated[float, typer.Option(min=1e-3, help="of one GPU in the model's dtype; an A100 has 312 in bfloat16")] = 312.0,
+    utilisation: Annotated[float, typer.Option(min=0.01, max=1, help="part of the peak that training reaches")] = 0.4,
+    bandwidth_gb: Annotated[float | None, typer.Option(min=1e-3, help="GB/s that a GPU sends; else 200 in one machine, 20 between machines")] = None,
+    suggest: Annotated[Path | None, typer.Option(help="write the smallest DeepSpeed settings that fit to this new file")] = None,
+    model_config: Annotated[Path | None, typer.Option(help="a config.json of the model, where model.path is not here")] = None,
+    no_data: Annotated[bool, typer.Option("--no-data", help="without data: memory, traffic and FLOPs of full rows alone")] = False,
 ) -> None:
-    """Show the mixture of the tasks, the steps and the balancer's numbers of a run before it starts."""
+    """Show a run before it starts: data, steps, memory of a GPU, traffic and time. No weights and no GPU are needed."""
     from mftcoder_coba.config import load_config
 
     loaded = load_config(config, overrides)
     keep_libraries_in(cache_folder(loaded.data.cache_dir))
     from mftcoder_coba import planning
-    from mftcoder_coba.balancing import resolve
 
     planning.accumulation_steps(loaded, gpus)  # what is wrong without data is told before it is read
-    corpus, schedule = _prepared(loaded)
-    rows = gpus * loaded.validation.balancer_rows_per_rank
-    stream = planning.balancer_stream(loaded, corpus.splits["valid"], rows)
-    resolved = loaded.model_copy(update={"balancer": resolve(loaded.balancer, stream.coverage if stream else 0)})
-    print("\n".join(planning.step_lines(resolved, planning.plan_steps(loaded, schedule, gpus), stream, rows)))
+    steps, validation, share = (loaded.training.max_steps, None, 1.0) if no_data else _planned_steps(loaded, gpus)
+    from mftcoder_coba.planning.cluster import Cluster, plan_cluster, write_suggestion
+    from mftcoder_coba.planning.showing import cluster_lines
+
+    speed = bandwidth_gb or (200.0 if gpus <= gpus_per_node else 20.0)
+    cluster = Cluster(gpus, gpus_per_node, gpu_memory_gib, peak_tflops, utilisation, speed)
+    planned = plan_cluster(loaded, cluster, model_config, share)
+    print("\n".join(cluster_lines(loaded, cluster, planned, steps, validation)))
+    if suggest:
+        write_suggestion(planned, suggest)
+        print(f"written     {suggest}")
+
+
+def _planned_steps(config: Config, gpus: int) -> tuple[int, int, float]:
+    """Shows data and steps; (steps, rows of a full validation, supervised part of the tokens)."""
+    from mftcoder_coba import planning
+    from mftcoder_coba.balancing import resolve
+    from mftcoder_coba.data import validation_rows
+
+    corpus, schedule = _prepared(config)
+    rows, valid = gpus * config.validation.balancer_rows_per_rank, corpus.splits["valid"]
+    stream = planning.balancer_stream(config, valid, rows)
+    resolved = config.model_copy(update={"balancer": resolve(config.balancer, stream.coverage if stream else 0)})
+    steps = planning.plan_steps(config, schedule, gpus)
+    print("\n".join(planning.step_lines(resolved, steps, stream, rows)))
+    mixture = planning.mixture(config, corpus, schedule)
+    supervised = sum(task.supervised_tokens for task in mixture.tasks.values()) / mixture.tokens
+    measured = validation_rows([task.lengths for task in valid], config.data.sequence_length, config.data.packing)
+    return steps.total_steps, len(measured), supervised
 
 
 def _prepared(config: Config) -> tuple[Corpus, TrainSchedule]:
@@ -100,6 +131,27 @@ def _prepared(config: Config) -> tuple[Corpus, TrainSchedule]:
     schedule = planning.training_schedule(config, corpus.splits["train"])
     print_data(planning.accounting(config, corpus, schedule))
     return corpus, schedule
+
+
+@app.command("check-nodes")
+def check_nodes(
+    config: ConfigFile,
+    overrides: Overrides = [],  # noqa: B006
+    seconds: Annotated[float, typer.Option(min=0, help="how long the processes add up, to measure the network")] = 10.0,
+    min_bandwidth_gb: Annotated[float, typer.Option(min=0, help="refuse a slower network; bus bandwidth in GB/s, as nccl-tests gives it")] = 0.0,
+    free_disk_gib: Annotated[float | None, typer.Option(min=0, help="what must be free where the run's checkpoints go; else their size")] = None,
+    allow_config_change: Annotated[bool, typer.Option("--allow-config-change", hidden=True)] = False,  # the same arguments serve `train`
+) -> None:
+    """Check the machines of a run before it starts; start it with the launcher and the number of processes of the run."""
+    from mftcoder_coba.config import load_config
+
+    loaded = load_config(config, overrides)
+    keep_libraries_in(cache_folder(loaded.data.cache_dir))
+    from mftcoder_coba.preflight import check_nodes as run_checks
+
+    lines = run_checks(loaded, seconds, min_bandwidth_gb, free_disk_gib)
+    if int(os.environ["RANK"]) == 0:
+        print("\n".join(lines), flush=True)
 
 
 @app.command()
@@ -236,11 +288,53 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="a JSON file for the results")] = None,
     model: Annotated[str | None, typer.Option(help="an adapter's base model, a Hugging Face folder or hub id; else the experiment's")] = None,
     batch_rows: Annotated[int | None, typer.Option(min=1, help="rows of one forward pass; else training.micro_batch_rows")] = None,
+    metrics: Annotated[
+        list[str],
+        typer.Option(
+            "--metric", help="of generated answers: span_f1, exact_match or bleu; for one task: TASK=NAME; else those in the tasks' metrics"
+        ),
+    ] = [],  # noqa: B006
+    code_tasks: Annotated[list[Path], typer.Option("--code-tasks", help="a JSONL file of code problems, for pass@k")] = [],  # noqa: B006
+    code_format: Annotated[Literal["humaneval", "humaneval_x"], typer.Option(help="of the files of --code-tasks")] = "humaneval",
+    code_prompt: Annotated[
+        Literal["raw", "chat"], typer.Option(help="the model continues the problem's text, or answers it as a user's turn")
+    ] = "raw",
+    code_as: Annotated[str, typer.Option(help="the task whose experts write code, for an adapter that has some")] = "",
+    allow_code_execution: Annotated[bool, typer.Option("--allow-code-execution", help="programs that the model has written may run")] = False,
+    without_namespaces: Annotated[
+        bool, typer.Option("--without-namespaces", help="run them under limits alone: network and your files are within their reach")
+    ] = False,
+    pass_at: Annotated[list[int], typer.Option(min=1, help="k of pass@k; may be repeated; else 1")] = [],  # noqa: B006
+    limit: Annotated[int | None, typer.Option(min=1, help="answer only so many samples of each task, and problems of each file")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="of an answer at most")] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="of sampling; 0: greedy")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="of sampling")] = 1.0,
+    samples: Annotated[int, typer.Option(min=1, help="answers to each prompt; metrics of texts take the first")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="of sampling")] = 1234,
+    generation_rows: Annotated[int, typer.Option(min=1, help="prompts at a time")] = 8,
+    engine: Annotated[Literal["auto", "transformers", "vllm"], typer.Option(help="auto: vLLM where it is installed and there is a GPU")] = "auto",
+    generations: Annotated[Path | None, typer.Option(help="folder for the answers; the same command goes on in it; else beside --out")] = None,
 ) -> None:
-    """Measure the exact loss and perplexity of each task, by the task's name."""
+    """Measure each task: exact loss and perplexity, metrics of generated answers, and pass@k of generated code."""
+    from mftcoder_coba.evaluation import Wanted
     from mftcoder_coba.evaluation import evaluate as run_evaluation
+    from mftcoder_coba.evaluation.generation import Decoding
 
-    run_evaluation(source, config, overrides, tasks, split, out, model, batch_rows)
+    wanted = Wanted(
+        metrics=metrics,
+        limit=limit,
+        code_tasks=code_tasks,
+        code_format=code_format,
+        code_prompt=code_prompt,
+        code_as=code_as,
+        ks=tuple(pass_at) or (1,),
+        allow_code_execution=allow_code_execution,
+        namespaces=not without_namespaces,
+        engine=engine,
+        decoding=Decoding(max_new_tokens, temperature, top_p, samples, seed, generation_rows),
+        folder=generations,
+    )
+    run_evaluation(source, config, overrides, tasks, split, out, model, batch_rows, wanted)
 
 
 @app.command()

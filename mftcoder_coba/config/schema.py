@@ -30,6 +30,7 @@ class ModelConfig(Section):
     path: str = Field(min_length=1, description="a Hugging Face folder, or a hub id")
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    output_loss: Literal["torch", "liger"] = Field("torch", description="liger: fused kernels for the output layer's loss, on a GPU")
     gradient_checkpointing: bool = False
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
@@ -58,6 +59,7 @@ FIELD_PAIRS = {
     )
 }
 FormatName = Literal[tuple(FORMAT_FIELDS | FIELD_PAIRS)]
+MetricName = Literal["span_f1", "exact_match", "bleu"]
 
 
 class TaskConfig(Section):
@@ -69,6 +71,7 @@ class TaskConfig(Section):
     fields: dict[str, Annotated[str, Field(min_length=1)]] = Field(
         {}, description='where the files name a field of the format otherwise: {"prompt": "question", "answer": "solution"}'
     )
+    metrics: list[MetricName] = Field([], description="of generated answers, measured by `evaluate`")
     share: Annotated[float, Field(gt=0)] | Literal["temperature"] | None = Field(
         None, description='part of the sampled data; null: proportional to size; "temperature": proportional to size ^ (1 / data.temperature)'
     )
@@ -139,6 +142,9 @@ class TrainingConfig(Section):
     gradient_clipping: Annotated[float, Field(ge=0)] = Field(1.0, description="largest global gradient norm; 0: no clipping")
     reduction: Literal["token", "sample"] = Field(
         "token", description="a task's loss: mean over its tokens, or over its samples of their token means"
+    )
+    router_loss_coefficient: Annotated[float, Field(ge=0)] | Literal["auto"] = Field(
+        "auto", description="of the router's auxiliary loss in mixture-of-experts models; auto: the model's own; 0: none"
     )
 
     @model_validator(mode="after")

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
@@ -74,18 +74,27 @@ class _Entry:
     decides: list[Any]
 
 
-def prepare(config: DataConfig, tokenizer_path: str, trust_remote_code: bool = False, workers: int | None = None, progress: bool = True) -> Corpus:
+def prepare(
+    config: DataConfig,
+    tokenizer_path: str,
+    trust_remote_code: bool = False,
+    workers: int | None = None,
+    progress: bool = True,
+    splits: Collection[str] = SPLITS,
+) -> Corpus:
     """Opens the tokenised data, after building what the cache does not hold yet.
 
     Args:
         workers: processes that tokenise; None is one for each core.
         progress: show a bar while something is built, if there is a terminal.
+        splits: the wanted ones; files of the others need not exist, and their `TaskData` are empty. Without files of its own, `valid`
+            is read from those of `train`.
 
     Raises:
         UserError: a missing or broken file, a broken line, no tokenizer, a task without usable training samples.
         RunFailure: the process that builds was killed.
     """
-    sources = [source for index, task in enumerate(config.tasks) for source in _sources(index, task, config)]
+    sources = sources_of(config, splits)
     tokenizer = load_tokenizer(tokenizer_path, trust_remote_code)
     template = choose(config.template, tokenizer)
     cache = _cache_folder(config)
@@ -97,7 +106,7 @@ def prepare(config: DataConfig, tokenizer_path: str, trust_remote_code: bool = F
     data = {(entry.source.task, entry.source.split): _open(entry) for entry in entries}
     names = tuple(config.task_names)
     accounting = {name: {split: data[name, split][1] for split in SPLITS if (name, split) in data} for name in names}
-    for index, name in enumerate(names):
+    for index, name in enumerate(names if "train" in splits else ()):
         _require_samples(accounting[name]["train"], f"data.tasks[{index}].train ({name})", config)
     return Corpus(
         tasks=names,
@@ -109,8 +118,13 @@ def prepare(config: DataConfig, tokenizer_path: str, trust_remote_code: bool = F
     )
 
 
-def _sources(index: int, task: TaskConfig, config: DataConfig) -> list[Source]:
-    """Splits of a task that have files. Without files of its own, `valid` is a part of `train`, chosen by hash."""
+def sources_of(config: DataConfig, splits: Collection[str] = SPLITS) -> list[Source]:
+    """The wanted splits that have files, task by task. Raises UserError for files that do not exist, and for fields that do not fit the format."""
+    return [source for index, task in enumerate(config.tasks) for source in _sources(index, task, config, splits)]
+
+
+def _sources(index: int, task: TaskConfig, config: DataConfig, splits: Collection[str]) -> list[Source]:
+    """Without files of its own, `valid` is a part of `train`, chosen by hash."""
 
     format = choose_format(task.format, task.fields, f"data.tasks[{index}].fields ({task.name})")
 
@@ -121,12 +135,12 @@ def _sources(index: int, task: TaskConfig, config: DataConfig) -> list[Source]:
         return Source(task.name, split, find_files(patterns, where), recipe)
 
     held_out = not task.valid and config.valid_fraction > 0
-    sources = [source("train", task.train, "train" if held_out else "all")]
+    existing = {"train": (task.train, "train" if held_out else "all")}
     if task.valid or held_out:
-        sources.append(source("valid", task.valid or task.train, "valid" if held_out else "all"))
+        existing["valid"] = (task.valid or task.train, "valid" if held_out else "all")
     if task.test:
-        sources.append(source("test", task.test, "all"))
-    return sources
+        existing["test"] = (task.test, "all")
+    return [source(split, *existing[split]) for split in existing if split in splits]
 
 
 def _entry(source: Source, tokens_from: list[Any], cache: Path) -> _Entry:

@@ -10,6 +10,9 @@ from mftcoder_coba.errors import UserError
 
 CONNECT_SECONDS = 60.0
 MAX_PENDING_BYTES = 1 << 16
+# Of what was sent without an answer from the other machine's kernel (RFC 5482; Linux only): a machine that has lost its power or its network
+# says no goodbye. A process that is alive and busy is answered for by its kernel.
+UNANSWERED_MILLISECONDS = 60_000
 
 
 class Link:
@@ -17,6 +20,8 @@ class Link:
 
     def __init__(self, connection: socket.socket):
         connection.setblocking(False)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNANSWERED_MILLISECONDS)
         self._connection = connection
         self._received = b""
         self._pending = bytearray()

@@ -42,6 +42,11 @@ class FoundModel:
     quantised: bool = False
 
     @property
+    def has_experts(self) -> bool:
+        """Whether it answers as one task or another."""
+        return self.kind == PEFT_TYPE
+
+    @property
     def description(self) -> str:
         """For people."""
         form = "4 bits" if self.quantised else self.config.model.dtype
@@ -55,7 +60,7 @@ class EvaluationData:
     Attributes:
         tasks: names; a task's number in a batch is its place here.
         splits: one for each task, none of them empty.
-        first_tokens: ids of the beginning of a training sample, at most 32.
+        first_tokens: ids of the beginning of a sample, at most 32.
         notes: what was left out of each split, for people.
     """
 
@@ -112,18 +117,18 @@ def load_data(found: FoundModel, tasks: Sequence[str], split: str) -> Evaluation
     """
     section = found.config.model
     with _base_may_be_elsewhere(found):
-        corpus = prepare(found.config.data, section.path, section.trust_remote_code)
-    places = [corpus.tasks.index(task) for task in tasks]
+        chosen = found.config.data.model_copy(update={"tasks": [task for task in found.config.data.tasks if task.name in tasks]})
+        corpus = prepare(chosen, section.path, section.trust_remote_code, splits=[split])
     parts = [corpus.accounting[task][split] for task in tasks]
     without = [part.task for part in parts if not part.used.samples]
     if without:
         summaries = "\n  ".join(part.summary() for part in parts if part.task in without)
         raise UserError(f"nothing can be evaluated for {', '.join(without)}\n  {summaries}", f"data.tasks[].{split}", way_out(split, tasks, without))
     return EvaluationData(
-        tasks=list(tasks),
-        splits=[corpus.splits[split][place] for place in places],
+        tasks=list(corpus.tasks),
+        splits=corpus.splits[split],
         pad_token_id=corpus.pad_token_id,
-        first_tokens=corpus.splits["train"][0].sample(0)[0][:32].tolist(),
+        first_tokens=corpus.splits[split][0].sample(0)[0][:32].tolist(),
         notes=[part.summary() for part in parts if _incomplete(part)],
     )
 

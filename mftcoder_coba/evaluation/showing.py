@@ -17,7 +17,16 @@ from rich.table import Table
 from mftcoder_coba.errors import UserError
 
 # Key of a task's results -> heading, form.
-COLUMNS = {"samples": ("samples", ","), "tokens": ("supervised tokens", ","), "loss": ("loss", ".4f"), "perplexity": ("perplexity", ",.3f")}
+COLUMNS = {
+    "samples": ("samples", ","),
+    "tokens": ("supervised tokens", ","),
+    "loss": ("loss", ".4f"),
+    "perplexity": ("perplexity", ",.3f"),
+    "answers": ("answers", ","),
+    "span_f1": ("span F1", ".2f"),
+    "exact_match": ("exact match", ".2f"),
+    "bleu": ("BLEU", ".2f"),
+}
 PLAIN_WIDTH = 100  # columns of a table that goes to a file, at least
 
 
@@ -87,10 +96,28 @@ def print_results(results: dict[str, Any], model: str, notes: Sequence[str]) -> 
     table.add_row(
         "mean over tasks", "", *(format(results["mean_loss"], form) if key == "loss" else "" for key, (_, form) in shown.items()), style="bold"
     )
+    tables = [table, *([_code_table(results["code"])] if results.get("code") else [])]
     console = Console()
     if not sys.stdout.isatty():  # a file has no width: a line is as long as it needs to be
-        console = Console(force_terminal=False, width=max(PLAIN_WIDTH, Console(width=10_000).measure(table).maximum))
+        measure = Console(width=10_000).measure
+        console = Console(force_terminal=False, width=max(PLAIN_WIDTH, *(measure(table).maximum for table in tables)))
     console.print(f"\n{results['source']}: {model}", markup=False, highlight=False, soft_wrap=True)
-    console.print(table)
+    for table in tables:
+        console.print(table)
     for note in notes:
         console.print(note, markup=False, highlight=False, soft_wrap=True)
+
+
+def _code_table(files: dict[str, Any]) -> Table:
+    """A line for each language of each file."""
+    passing = sorted({key for file in files.values() for of in file.values() for key in of if "@" in key}, key=lambda key: int(key.split("@")[1]))
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for heading in ("code", "language"):
+        table.add_column(heading, overflow="fold", min_width=5)
+    for heading in ("problems", "programs", "passed", *passing):
+        table.add_column(heading, justify="right", min_width=5)
+    for name, languages in files.items():
+        for language, of in languages.items():
+            counts = (format(of[key], ",") for key in ("problems", "samples", "passed"))
+            table.add_row(name, language, *counts, *(format(of[key], ".4f") if key in of else "" for key in passing))
+    return table

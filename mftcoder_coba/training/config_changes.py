@@ -24,10 +24,12 @@ FREE = {
     "checkpoint",
     "data.cache_dir",
     "data.tasks[].test",
+    "data.tasks[].metrics",
     # How the same objective is computed.
     "training.micro_batch_rows",
     "model.gradient_checkpointing",
     "model.attention",
+    "model.output_loss",
     "model.trust_remote_code",
     "deepspeed",
     # Limits, and how often to look.

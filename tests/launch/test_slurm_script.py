@@ -42,7 +42,9 @@ def submit(folder: Path, *arguments: str, **variables: str) -> subprocess.Popen:
 
 def submit_toy(cluster: Path, toy: Path) -> subprocess.Popen:
     settings = {"run.name": "slurm", "training.max_steps": STEPS, "validation.every_steps": 30, "checkpoint.every_steps": 1000}
-    return submit(cluster, "--config", str(toy / "toy.json"), *(word for key, value in settings.items() for word in ("--set", f"{key}={value}")))
+    return submit(
+        cluster, "--no-check", "--config", str(toy / "toy.json"), *(word for key, value in settings.items() for word in ("--set", f"{key}={value}"))
+    )
 
 
 def requeued(cluster: Path) -> list[str]:
@@ -136,6 +138,13 @@ def test_another_exit_code_is_passed_on_and_the_job_is_not_queued_again(cluster,
     output, _ = job.communicate(timeout=300)
     assert (job.returncode, requeued(cluster)) == (2, []), output
     assert output.count("error: ") == 1  # one rank tells it
+
+
+def test_machines_that_fail_the_check_are_not_trained_on(cluster, toy):
+    job = submit(cluster, "--config", str(toy / "toy.json"), "--set", "run.name=unchecked", MFTCODER_COBA_CHECK_SECONDS="-1")
+    output, _ = job.communicate(timeout=300)
+    assert job.returncode == 2 and "'--seconds'" in output and requeued(cluster) == []
+    assert not (toy / "runs" / "unchecked").exists()
 
 
 def test_where_the_job_cannot_be_queued_again_it_is_said_and_the_code_stays(cluster, tmp_path):
