@@ -2,14 +2,17 @@
 
 Documents packed into one row must not see each other. transformers isolates them where positions restart, if no
 attention mask is given and nothing is cached: SDPA and eager through a block mask, flash-attn through the borders that
-it passes to its variable-length kernel. Other implementations are not offered, since they would leak.
+its variable-length kernel gets. Other implementations are not offered, since they would leak; whether a model's layers
+really keep documents apart is tried out before a run (`MultiTaskObjective.check_isolation`).
 """
 
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from mftcoder_coba.errors import UserError
 
@@ -34,3 +37,17 @@ def choose_attention(wanted: str, device: torch.device, dtype: str) -> str:
         )
         raise UserError(f"flash_attention_2 cannot be used: {reason}", "model.attention", 'use "auto" or "sdpa"')
     return wanted
+
+
+def document_borders(position_ids: Tensor) -> dict[str, Any]:
+    """Arguments of flash-attn's variable-length kernel, by transformers' names, for rows that are laid end to end.
+
+    Left to itself, transformers finds the borders anew in each layer and waits for the GPU each time. This waits once.
+
+    Args:
+        position_ids: [1, tokens] int64, 0 where a document (or a row) begins.
+    """
+    starts = (position_ids.view(-1) == 0).nonzero().view(-1)
+    borders = torch.cat([starts, starts.new_tensor([position_ids.numel()])]).to(torch.int32)
+    longest = int(borders.diff().max())
+    return {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest}

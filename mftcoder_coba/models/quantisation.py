@@ -68,13 +68,21 @@ def prepare_layers(model: nn.Module) -> None:
     """Makes the 4-bit layers of a model that was loaded with `quantised_loading` fit for training.
 
     Raises:
-        UserError: the model has none, or bitsandbytes does not get their weights right on this device.
+        UserError: the model has none, or less in them than in experts, or bitsandbytes does not get their weights right on this device.
     """
     from bitsandbytes.nn import Linear4bit
 
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     if not layers:
         raise UserError("no layer of this model can be quantised: none is a plain linear one", "adapter", 'use "lora", or "quantised": false')
+    # transformers holds all experts of a layer in one tensor [experts, ...], which is no linear layer.
+    experts = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() > 2)
+    if experts > sum(full_size(layer.weight) for layer in layers):
+        raise UserError(
+            f"{experts / 1e9:.2g} billion parameters of this model are experts, which bitsandbytes cannot quantise: they would stay whole",
+            "adapter",
+            'use "lora", or "quantised": false, and part the model over GPUs by ZeRO-3',
+        )
     for width, device in sorted({(layer.in_features, layer.weight.device) for layer in layers}, key=str):
         _check_kernel(width, device)
     for layer in layers:

@@ -18,7 +18,7 @@ from mftcoder_coba.engine import Engine, Processes
 from mftcoder_coba.engine.engine import partitioned_loading
 from mftcoder_coba.errors import UserError
 from mftcoder_coba.models import add_adapter, check_sizes, choose_attention, count_parameters, load_model
-from mftcoder_coba.objective import MultiTaskObjective
+from mftcoder_coba.objective import MultiTaskObjective, check_liger
 from mftcoder_coba.planning import StepPlan, balancer_stream, plan_steps, training_schedule
 from mftcoder_coba.training.validation import Validation
 
@@ -132,6 +132,8 @@ def assemble(
     balancer = create(balancer_config, corpus.tasks, coverage)
 
     attention = choose_attention(config.model.attention, processes.device, config.model.dtype)
+    if config.model.output_loss == "liger":
+        check_liger(processes.device)
     # Initial adapter values must not depend on what ran before.
     random.seed(config.run.seed)
     np.random.seed(config.run.seed)
@@ -142,7 +144,7 @@ def assemble(
         model = add_adapter(load_model(config.model, attention, quantise_on), config.adapter, corpus.tasks)
     check_sizes(model, tokenizer, config)
     total, trainable = count_parameters(model)
-    objective = MultiTaskObjective(model, len(corpus.tasks))
+    objective = MultiTaskObjective(model, len(corpus.tasks), config.model.output_loss, config.training.router_loss_coefficient)
     engine = Engine(
         objective,
         deepspeed_config,
@@ -150,7 +152,10 @@ def assemble(
         processes,
         external_parameters=[(objective.output_loss, objective.output_loss.external_parameters)],
     )
-    objective.check_output_layer(*_first_tokens(corpus, processes.device))
+    first_ids, first_positions = _first_tokens(corpus, processes.device)
+    objective.check_output_layer(first_ids, first_positions)
+    if data.packing != "none" or "flash" in attention:  # rows are laid end to end for flash-attn
+        objective.check_isolation(first_ids)
     validation = Validation(engine, valid, data.sequence_length, data.packing, config.training.micro_batch_rows, corpus.pad_token_id)
     resolved = config.model_copy(
         update={

@@ -25,6 +25,7 @@ class StepOutcome:
 
     losses: [K] S_k / N_k, NaN for tasks absent from the global batch. denominators: [K] N_k. tokens: [K] supervised tokens.
     total_tokens: all tokens but padding. weights: [K] used. loss: L. skipped: loss or gradient were not finite, nothing changed.
+    router_loss: of a mixture-of-experts model, before its coefficient (`objective.router_loss`); not in `loss`. None: the model has none.
     """
 
     loss: float
@@ -35,6 +36,7 @@ class StepOutcome:
     weights: np.ndarray
     grad_norm: float
     skipped: bool
+    router_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,9 @@ def inputs_of(engine: Engine, batch: Batch) -> tuple[torch.Tensor, ...]:
     return tuple(tensor.to(engine.device, non_blocking=True) for tensor in tensors)
 
 
-def forward(engine: Engine, batch: Batch, task_factors: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(this micro-batch's part of L, its sums S_k)."""
-    return engine.forward(*inputs_of(engine, batch), task_factors)
+def forward(engine: Engine, batch: Batch, task_factors: torch.Tensor | None, step_tokens: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(this micro-batch's part of L, its sums S_k); with `step_tokens` the router's loss, too: see `MultiTaskObjective.forward`."""
+    return engine.forward(*inputs_of(engine, batch), task_factors, step_tokens)
 
 
 def train_step(engine: Engine, balancer: Balancer, micro_batches: list[Batch], learning_rate: float) -> StepOutcome:
@@ -70,6 +72,7 @@ def train_step(engine: Engine, balancer: Balancer, micro_batches: list[Batch], l
     """
     processes, device = engine.processes, engine.device
     tasks = len(micro_batches[0].denominators)
+    routed = engine.module.router_loss is not None
 
     counts = np.concatenate(
         [sum(b.denominators for b in micro_batches), sum(b.tokens for b in micro_batches), [sum(b.total_tokens for b in micro_batches)]]
@@ -82,26 +85,26 @@ def train_step(engine: Engine, balancer: Balancer, micro_batches: list[Batch], l
     factors = np.divide(weights, denominators, out=np.zeros(tasks), where=present)
     task_factors = torch.from_numpy(factors).to(device)
 
-    sums = torch.zeros(tasks, dtype=torch.float64, device=device)
+    sums = torch.zeros(tasks + int(routed), dtype=torch.float64, device=device)
     for number, batch in enumerate(micro_batches[:-1], start=1):
         processes.watch.mark(f"micro-batch {number} of {len(micro_batches)}")
-        loss, part = forward(engine, batch, task_factors)
+        loss, part = forward(engine, batch, task_factors, total_tokens)
         sums += part
         engine.backward(loss)
         engine.accumulate()
     processes.watch.mark(f"micro-batch {len(micro_batches)} of {len(micro_batches)}")
-    loss, part = forward(engine, micro_batches[-1], task_factors)
+    loss, part = forward(engine, micro_batches[-1], task_factors, total_tokens)
     proof = torch.zeros(processes.world_size, dtype=torch.float64, device=device)
     proof[processes.rank] = _fingerprint(weights)
     totals = processes.all_reduce_sum(torch.cat([sums + part, proof]))
     # A loss that is not finite on any rank makes every rank's gradient NaN, which no ZeRO stage lets through to the
     # optimizer. Decided on the device: reading it here would leave a GPU idle before its backward pass.
-    finite = torch.isfinite(totals[:tasks]).all()
+    finite = torch.isfinite(totals[: len(sums)]).all()
     engine.backward(loss * torch.where(finite, 1.0, torch.nan).to(loss.dtype))
 
     processes.watch.mark("optimizer")
     host = totals.cpu().numpy()
-    _check_fingerprints(host[tasks:])
+    _check_fingerprints(host[len(sums) :])
     result = engine.step(learning_rate)
     losses = np.divide(host[:tasks], denominators, out=np.full(tasks, np.nan), where=present)
     return StepOutcome(
@@ -113,6 +116,7 @@ def train_step(engine: Engine, balancer: Balancer, micro_batches: list[Batch], l
         weights=weights,
         grad_norm=result.grad_norm,
         skipped=result.skipped,
+        router_loss=float(host[tasks]) / max(total_tokens, 1) if routed else None,
     )
 
 

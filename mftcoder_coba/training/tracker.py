@@ -64,6 +64,7 @@ class Tracker:
             tokens_per_second=outcome.total_tokens / seconds,
             seconds=seconds,
             tasks=self._by_task(loss=outcome.losses, tokens=outcome.tokens, weight=outcome.weights),
+            **({} if outcome.router_loss is None else {"router_loss": _plain(np.float64(outcome.router_loss))}),
         )
         if outcome.skipped:
             self.event(step, "skipped_step", "loss or gradient were not finite; the model is unchanged")
