@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mftcoder_coba.errors import UserError
-from mftcoder_coba.models.loading import _check_folder as check_weights_files
+from mftcoder_coba.models.loading import check_weights_files
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 # What a model folder on the hub may hold beside weights in other formats.

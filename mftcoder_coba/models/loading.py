@@ -42,7 +42,7 @@ def load_model(config: ModelConfig, attention: str, quantise_on: torch.device | 
     """
     where = f"model.path = {config.path}"
     dtype = getattr(torch, config.dtype)
-    _check_folder(Path(config.path), where)
+    check_weights_files(Path(config.path), where)
     try:
         architecture = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
         _check_not_quantised(architecture, where)
@@ -90,7 +90,7 @@ def check_sizes(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Co
         )
 
 
-def _check_folder(folder: Path, where: str) -> None:
+def check_weights_files(folder: Path, where: str) -> None:
     """Raises UserError for a folder whose weights would be read from anything but safetensors files in it. A hub id is no folder."""
     if not folder.is_dir():
         return
