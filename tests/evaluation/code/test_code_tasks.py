@@ -3,12 +3,13 @@
 import gzip
 import itertools
 import json
+import re
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
-from data_tools.check_code_tasks import WRONG_IN_THE_DATA, broken_solutions, main, own_solutions
+from data_tools.check_code_tasks import WITHOUT_TESTS, WRONG_IN_THE_DATA, broken_solutions, main, own_solutions
 from mftcoder_coba.errors import UserError
 from mftcoder_coba.evaluation.code import libraries_folder
 from mftcoder_coba.evaluation.code.languages import cut_braces, cut_java, cut_python, find_program
@@ -56,6 +57,12 @@ def test_solutions_that_the_data_set_has_wrong_are_those_that_their_tests_refuse
     if not find_program("node"):
         pytest.skip("not installed: node")
     assert ["Assertion failed" in verdict.why for verdict in own_solutions(wrong, LIBRARIES)] == [True, True]
+
+
+def test_problems_whose_tests_are_a_comment_are_known(shared):
+    problems = read_problems(shared / "data" / "eval" / "humaneval_x_rust.jsonl.gz", "humaneval_x")
+    without = {problem.name for problem in problems if "#[test]" not in re.sub(r"/\*.*?\*/", "", problem.record["test"], flags=re.DOTALL)}
+    assert without == WITHOUT_TESTS
 
 
 @pytest.mark.parametrize(
