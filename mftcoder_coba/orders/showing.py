@@ -71,7 +71,8 @@ def facts(comparison: Comparison, found: Findings) -> list[str]:
     if apart:
         told.append(f"Not all runs start from the same validation loss of {', '.join(apart)}: ratios have different denominators; compare losses.")
     drawn = f", of merges that draw over {found.seeds} seeds" if found.seeds > 1 else "; merges that draw have one seed, and none"
-    told.append(f"± is the standard deviation (n - 1): of single models over their orders{drawn}. Bold: the least mean of a column.")
+    told.append(f"± is the standard deviation (n - 1): of single models over their orders{drawn}.")
+    told.append("Bold: the least mean of a column; the mean of the single models is no model, and not marked.")
     if found.imbalance:
         count, all_samples = found.samples
         told.append(f"The imbalance was measured on {count:,} of {all_samples:,} training samples, of each task in proportion to its size.")
