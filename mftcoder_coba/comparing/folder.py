@@ -20,12 +20,13 @@ from filelock import FileLock, Timeout
 
 from mftcoder_coba.comparing.methods import Methods, folder_name
 from mftcoder_coba.comparing.runs import PlannedRun
-from mftcoder_coba.config import Config
+from mftcoder_coba.config import Config, validate
 from mftcoder_coba.data import Corpus
 from mftcoder_coba.errors import UserError
 
 PLAN_FILE = "compare.json"
 DIFFERENCES_TOLD = 5
+REPLACED = {"run": {"name", "dir", "seed"}, "balancer": True, "checkpoint": True, "tracking": True}
 
 
 def lock(out: Path) -> FileLock:
@@ -56,6 +57,7 @@ def claim(out: Path, base: Config, methods: Methods, launcher: str, corpus: Corp
     if file.is_file():
         old = _read(file)
         # A method that never began may change: its settings were refused, say.
+        old["experiment"] = _with_new_keys(old["experiment"], base)
         old["methods"] = {name: section for name, section in old["methods"].items() if _began(out, name, corpus.tasks)}
         _refuse_changes(old, plan, file)
         plan["methods"] = old["methods"] | plan["methods"]
@@ -73,9 +75,18 @@ def claim(out: Path, base: Config, methods: Methods, launcher: str, corpus: Corp
 def written_plan(base: Config, methods: Methods, launcher: str, corpus: Corpus) -> dict[str, Any]:
     """All that results depend on. Name, folder and seed of the base config are replaced in each run; how often a checkpoint is written
     and what is logged changes nothing."""
-    experiment = base.model_dump(exclude={"run": {"name", "dir", "seed"}, "balancer": True, "checkpoint": True, "tracking": True})
+    experiment = base.model_dump(exclude=REPLACED)
     data = {task: {split: _counts(part) for split, part in splits.items() if split != "test"} for task, splits in corpus.accounting.items()}
     return {"experiment": experiment, "data": data, "launcher": launcher, "methods": {name: method.written() for name, method in methods.items()}}
+
+
+def _with_new_keys(experiment: dict[str, Any], base: Config) -> dict[str, Any]:
+    """The experiment of a plan that an older version wrote: keys that it did not know have their defaults."""
+    now = base.model_dump()
+    try:
+        return validate(now | experiment | {"run": now["run"] | experiment.get("run", {})}, PLAN_FILE).model_dump(exclude=REPLACED)
+    except UserError:  # a key that is no more: the differences tell it
+        return experiment
 
 
 def _began(out: Path, method: str, tasks: Sequence[str]) -> bool:

@@ -94,6 +94,19 @@ def test_another_experiment_in_the_same_folder_is_refused(call, tmp_path):
     assert starts(tmp_path / "out", "coba-seed1") == 0
 
 
+def test_keys_that_an_older_version_did_not_know_have_their_defaults(call, tmp_path):
+    call(methods=["uniform"], seeds=[1])
+    file = tmp_path / "out" / "compare.json"
+    plan = json.loads(file.read_text())
+    del plan["experiment"]["training"]["router_loss_coefficient"], plan["experiment"]["data"]["tasks"][0]["metrics"]
+    file.write_text(json.dumps(plan))
+    call(methods=["uniform"], seeds=[1])
+    assert json.loads(file.read_text())["experiment"]["training"]["router_loss_coefficient"] == "auto"
+    file.write_text(json.dumps(plan))
+    with pytest.raises(UserError, match=r'training.router_loss_coefficient: was "auto", is 0.5'):
+        call("training.router_loss_coefficient=0.5")
+
+
 def test_a_method_of_the_same_name_with_other_settings_is_refused(call, tmp_path):
     call(methods=["coba"], seeds=[1])
     plan = tmp_path / "methods.json"
