@@ -180,6 +180,7 @@ def test_a_published_config_converts_field_by_field(experiment, name):
         "betas": [0.9, 0.999],
         "gradient_clipping": 1.0,
         "reduction": "token",
+        "router_loss_coefficient": "auto",
     }
     assert (config.validation.every_steps, config.validation.balancer_rows_per_rank) == (100, 8 if coba else 1)
     assert (config.validation.early_stopping.criterion, config.validation.early_stopping.patience) == ("mean_ratio", 5)
