@@ -8,10 +8,11 @@ Ends with 0 if every own solution passes and no broken one does, but for those t
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mftcoder_coba.errors import UserError
+from data_tools.common import run
 from mftcoder_coba.evaluation.code import libraries_folder
 from mftcoder_coba.evaluation.code.passing import Verdict, check_allowed, figures, installed, judge
 from mftcoder_coba.evaluation.code.problems import Problem, read_problems
@@ -62,7 +63,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        raise SystemExit(main())
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    run(lambda: sys.exit(main()))

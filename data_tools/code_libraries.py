@@ -14,6 +14,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from data_tools.common import run
 from mftcoder_coba.errors import UserError
 from mftcoder_coba.evaluation.code import libraries_folder
 from mftcoder_coba.evaluation.code.languages import GO_PACKAGES, GO_TEST, go_environment
@@ -89,7 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    run(main)

@@ -11,7 +11,6 @@ OUT/orders.*            and OUT/results/, of the command `orders`
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from mftcoder_coba.comparing.runs import PlannedRun
 from mftcoder_coba.config import Config, validate
 from mftcoder_coba.data import Corpus
 from mftcoder_coba.errors import UserError
+from mftcoder_coba.reporting.pages import write_text
 
 PLAN_FILE = "compare.json"
 DIFFERENCES_TOLD = 5
@@ -132,6 +132,4 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _write(file: Path, tree: dict[str, Any]) -> None:
-    aside = file.with_name(f".{file.name}.new")
-    aside.write_text(json.dumps(tree, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(aside, file)
+    write_text(file, json.dumps(tree, indent=2, ensure_ascii=False) + "\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from mftcoder_coba.comparing.methods import Methods
 from mftcoder_coba.comparing.results import Outcome, Value, read_outcomes, starts_apart, values_of
 from mftcoder_coba.comparing.runs import PlannedRun
 from mftcoder_coba.comparing.tables import Table, build_tables, seeds_note, to_csv, to_markdown, values_csv
-from mftcoder_coba.reporting.pages import png_uri
+from mftcoder_coba.reporting.pages import png_uri, write_text
 from mftcoder_coba.reporting.pages import write_page as write_html
 
 
@@ -176,9 +175,3 @@ def _finished_seeds(comparison: Comparison, finished: Sequence[PlannedRun]) -> d
 def _in_order(values: Sequence[Value], comparison: Comparison) -> list[Value]:
     methods = list(comparison.methods)
     return sorted(values, key=lambda value: (methods.index(value.method), comparison.seeds.index(value.seed)))
-
-
-def write_text(file: Path, text: str) -> None:
-    aside = file.with_name(f".{file.name}.new")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, file)

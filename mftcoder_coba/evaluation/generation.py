@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
 from mftcoder_coba.errors import UserError
+from mftcoder_coba.evaluation.showing import progress_bar
 
 Complete = Callable[[list[list[int]], int], list[list[int]]]  # prompts of a batch, its seed -> new token ids, up to an end token
 
@@ -68,7 +65,7 @@ def generate(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         answers = _written(path, settings, batches)
-        with path.open("a", encoding="utf-8") as file, _bar() as bar:
+        with path.open("a", encoding="utf-8") as file, progress_bar() as bar:
             if not answers and file.tell() == 0:
                 _append(file, [{"settings": settings}])
             done = len(answers) // decoding.batch_rows if answers else 0
@@ -123,8 +120,3 @@ def _written(path: Path, settings: dict[str, Any], batches: Sequence[Sequence[tu
     if size < path.stat().st_size:
         os.truncate(path, size)
     return {place: record["text"] for place, record in zip(places[:kept], found[1:], strict=False)}
-
-
-def _bar() -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())

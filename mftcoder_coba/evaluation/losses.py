@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from mftcoder_coba.config import Config
 from mftcoder_coba.data import Batch, Row, collate, validation_rows
 from mftcoder_coba.errors import UserError
 from mftcoder_coba.evaluation.loading import EvaluationData
+from mftcoder_coba.evaluation.showing import progress_bar
 from mftcoder_coba.objective import MultiTaskObjective
 
 LARGEST_EXPONENT = 700.0  # a larger loss has a perplexity beyond float64
@@ -65,7 +63,7 @@ def checked_objective(model: nn.Module, data: EvaluationData, sums: int) -> tupl
 
 def batches(rows: Sequence[Row], data: EvaluationData, config: Config, rows_per_batch: int, what: str) -> Iterator[tuple[Sequence[Row], Batch]]:
     """The rows in batches, beside what they hold as tensors; with a bar on a terminal that is headed `what`."""
-    with _bar() as bar:
+    with progress_bar() as bar:
         for start in bar.track(range(0, len(rows), rows_per_batch), description=what):
             part = rows[start : start + rows_per_batch]
             yield (
@@ -101,8 +99,3 @@ def memory_told(batch: Batch) -> Iterator[None]:
 def _numbers(samples: int, tokens: int, loss_sum: float) -> dict[str, Any]:
     loss = loss_sum / tokens
     return {"samples": samples, "tokens": tokens, "loss": loss, "perplexity": math.exp(min(loss, LARGEST_EXPONENT))}
-
-
-def _bar() -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())

@@ -1,4 +1,4 @@
-"""Results for people, as a table, and for programs, as a JSON file."""
+"""Results for people, as a table, and for programs, as a JSON file; and the bar while they are made."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from mftcoder_coba.errors import UserError
@@ -28,6 +29,12 @@ COLUMNS = {
     "bleu": ("BLEU", ".2f"),
 }
 PLAIN_WIDTH = 100  # columns of a table that goes to a file, at least
+
+
+def progress_bar() -> Progress:
+    """Of one loop, on a terminal."""
+    columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty())
 
 
 @contextlib.contextmanager

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from mftcoder_coba.comparing.figures import draw
 from mftcoder_coba.comparing.results import Outcome, Value, starts_apart
-from mftcoder_coba.comparing.showing import Comparison, page_of, write_text
+from mftcoder_coba.comparing.showing import Comparison, page_of
 from mftcoder_coba.comparing.tables import Table, to_csv, to_markdown, values_csv
 from mftcoder_coba.orders.figures import imbalance_chart
 from mftcoder_coba.orders.imbalance import Imbalance
 from mftcoder_coba.orders.tables import SELECTED_EPOCH, best_single, mean_row
 from mftcoder_coba.reporting.figures import Chart
+from mftcoder_coba.reporting.pages import write_text
 
 
 @dataclass(frozen=True)

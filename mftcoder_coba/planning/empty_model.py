@@ -27,7 +27,7 @@ class ModelSize:
     total, trainable: numbers of parameters; one of 4 bits counts as one.
     frozen_bytes: weights that are not trained, as they are held. quantised: numbers of them in 4 bits.
     sizes: numbers of each parameter. largest: of the largest module's own parameters. layers: decoder layers.
-    vocabulary, width: of the output layer. output_trained: whether the optimizer moves it.
+    vocabulary, width: of the output layer.
     """
 
     total: int
@@ -39,7 +39,6 @@ class ModelSize:
     layers: int
     vocabulary: int
     width: int
-    output_trained: bool
 
 
 def architecture_of(config: Config, file: Path | None = None) -> PretrainedConfig:
@@ -106,5 +105,4 @@ def size_of(model: nn.Module, config: Config) -> ModelSize:
         layers=text.num_hidden_layers,
         vocabulary=output.weight.shape[0],
         width=output.weight.shape[1],
-        output_trained=output.weight.requires_grad,
     )

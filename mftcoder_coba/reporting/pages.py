@@ -18,10 +18,15 @@ def write_page(file: Path, template: Path, filters: dict[str, Callable[..., Any]
         loader=jinja2.FileSystemLoader(folders), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(filters or {})
-    draft = file.with_name(file.name + ".tmp")
-    draft.write_text(environment.get_template(template.name).render(values), encoding="utf-8")
-    os.replace(draft, file)
+    write_text(file, environment.get_template(template.name).render(values))
     return file
+
+
+def write_text(file: Path, text: str) -> None:
+    """Replaces a file by one rename: nobody sees half of it."""
+    aside = file.with_name(f".{file.name}.new")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, file)
 
 
 def png_uri(content: bytes | memoryview) -> str:

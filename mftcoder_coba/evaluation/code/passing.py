@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +74,6 @@ def judge(
     libraries: Path,
     namespaces: bool = True,
     workers: int | None = None,
-    told: Callable[[], None] = lambda: None,
 ) -> list[Verdict]:
     """Runs each completion with its problem's tests; nothing but `check_allowed` asks for permission.
 
@@ -82,14 +81,12 @@ def judge(
         completions: name of a problem -> its samples.
         libraries: folder of `libraries_folder`.
         workers: programs at a time; None: one for each core.
-        told: called after each.
     """
 
     def one(problem: Problem, sample: int) -> Verdict:
         program = problem.language.build(problem.record, completions[problem.name][sample], f"passed-{os.urandom(8).hex()}", libraries)
         outcomes = run(program.commands, program.files, problem.language.visible(libraries), namespaces=namespaces)
         last = outcomes[-1]
-        told()
         if len(outcomes) == len(program.commands) and last.status == 0 and program.mark in last.output:
             return Verdict(problem.name, sample, True)
         ended = last.reason and f"over the limit of {last.reason}" or (f"ended with {last.status}" if last.status else "ended before its tests")
