@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from mftcoder_coba.errors import UserError
+from mftcoder_coba.models.architecture import read_architecture, without_weights
 from mftcoder_coba.models.cgc_lora.model import CONFIG_FILE, PEFT_TYPE, TENSORS_FILE
 from mftcoder_coba.models.exported import adapter_config, check_plain_adapter, exported_folder, load_plain_adapter
 
@@ -88,20 +87,12 @@ def empty_model(base: Path) -> nn.Module:
     Raises:
         UserError: there is none that adapters can be merged into.
     """
-    try:
-        config = AutoConfig.from_pretrained(base)
-        if getattr(config, "quantization_config", None) is not None:
-            what = "the weights of this model are quantised: updates cannot be added to them"
-            raise UserError(what, str(base), "name the base model as it was before; adapters that were trained in 4 bits are merged into that one")
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if "trust_remote_code" in str(error):
-            text, fix = "it comes with Python code of its own, which is not run", MERGE_FULL_MODELS
-        else:
-            fix = "give a Hugging Face folder with the config.json of a causal language model"
-        raise UserError(f"the base model cannot be used: {text}", str(base), fix) from error
+    fix = "give a Hugging Face folder with the config.json of a causal language model"
+    architecture = read_architecture(str(base), str(base), fix, allow_code=MERGE_FULL_MODELS)
+    if getattr(architecture, "quantization_config", None) is not None:
+        what = "the weights of this model are quantised: updates cannot be added to them"
+        raise UserError(what, str(base), "name the base model as it was before; adapters that were trained in 4 bits are merged into that one")
+    return without_weights(architecture, "eager", torch.float32, str(base))
 
 
 def shared_parameters(model: nn.Module) -> set[str]:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mftcoder_coba.config import Config
-from mftcoder_coba.errors import UserError
 from mftcoder_coba.models import add_adapter, count_parameters
+from mftcoder_coba.models.architecture import read_architecture, without_weights
 from mftcoder_coba.models.quantisation import full_size
 from mftcoder_coba.planning.attention import PLANNED, planned_attention
 
@@ -48,15 +48,13 @@ def architecture_of(config: Config, file: Path | None = None) -> PretrainedConfi
         UserError: there is none, or it is not understood.
     """
     source, where = (str(file), "--model-config") if file else (config.model.path, f"model.path = {config.model.path}")
-    try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=config.model.trust_remote_code)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        if "trust_remote_code" in str(error):
-            fix = "read the code that comes with this model, then set model.trust_remote_code = true"
-            raise UserError("this model's config needs Python code of its own, which is not run unless you allow it", where, fix) from error
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        fix = "give a folder with config.json, a hub id where there is a network (or that was fetched before), or --model-config CONFIG_JSON"
-        raise UserError(f"the model's config cannot be read: {first}", where, fix) from error
+    return read_architecture(
+        source,
+        where,
+        fix="give a folder with config.json, a hub id where there is a network (or that was fetched before), or --model-config CONFIG_JSON",
+        allow_code="read the code that comes with this model, then set model.trust_remote_code = true",
+        trust_remote_code=config.model.trust_remote_code,
+    )
 
 
 def empty_model(config: Config, architecture: PretrainedConfig, checkpointing: bool) -> nn.Module:
@@ -66,22 +64,14 @@ def empty_model(config: Config, architecture: PretrainedConfig, checkpointing: b
         UserError: this is no causal language model; or see `models.add_adapter`.
     """
     ALL_ATTENTION_FUNCTIONS.register(PLANNED, planned_attention)
+    dtype = getattr(torch, config.model.dtype)
+    model = without_weights(architecture, PLANNED, dtype, f"model.path = {config.model.path}", config.model.trust_remote_code)
     with torch.device("meta"):
-        try:
-            model = AutoModelForCausalLM.from_config(
-                architecture,
-                dtype=getattr(torch, config.model.dtype),
-                attn_implementation=PLANNED,
-                trust_remote_code=config.model.trust_remote_code,
-            )
-        except ValueError as error:
-            first = str(error).strip().splitlines()[0]
-            raise UserError(f"no causal language model can be made of this config: {first}", f"model.path = {config.model.path}") from error
         if checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         adapted = add_adapter(model, config.adapter, config.data.task_names)
     # DeepSpeed casts every parameter to the one dtype of the run.
-    return adapted.to(getattr(torch, config.model.dtype)).train()
+    return adapted.to(dtype).train()
 
 
 def size_of(model: nn.Module, config: Config) -> ModelSize:

@@ -4,10 +4,13 @@ import gzip
 import itertools
 import json
 import re
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from ranks import ROOT
 
 from data_tools.check_code_tasks import NOT_TESTED, WRONG_IN_THE_DATA, broken_solutions, main, own_solutions
 from mftcoder_coba.errors import UserError
@@ -170,3 +173,9 @@ def test_the_check_of_a_file_is_a_command(shared, sandbox, monkeypatch, capsys):
     assert main() == 0
     printed = capsys.readouterr().out
     assert "own solutions: Python 2 of 2 passed, pass@1 1.0000" in printed and "broken solutions: Python 0 of 2" in printed
+
+
+def test_a_mistake_ends_the_tools_with_exit_code_2(tmp_path):
+    command = [sys.executable, "-m", "data_tools.check_code_tasks", str(tmp_path / "no.jsonl"), "--format", "humaneval"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith("error: pass@k runs programs"), result.stderr
