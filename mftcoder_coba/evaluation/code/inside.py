@@ -7,7 +7,7 @@
              {"outcomes": [{"status", "reason", "output", "seconds"}]}, of the commands up to the first that fails
 
 With namespaces, this process enters new ones of user, mount, PID, network, IPC and host name, and forks. The fork is process 1 there: it builds
-a root folder of its own from read-only views of what is visible, an empty /proc and five devices, and a /work in memory; it starts the commands
+a root folder of its own from read-only views of what is visible, an empty /proc and five devices, and a /scratch in memory; it starts the commands
 there without any capability, watches them, and when it ends the kernel kills whatever they have started. Each process dies with its parent.
 """
 
@@ -87,7 +87,7 @@ def mount(source, target, kind, flags, data=""):
 
 
 def build_root(visible, disk_bytes):
-    """Makes / a new file system that has the visible paths, read-only, and /work, which alone can be written."""
+    """Makes / a new file system that has the visible paths, read-only, and /scratch, which alone can be written."""
     mount("none", "/", "", MS_REC | MS_PRIVATE)
     mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     os.mkdir("/tmp/old")
@@ -95,10 +95,10 @@ def build_root(visible, disk_bytes):
     os.chdir("/")
     os.makedirs("/proc")
     mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
-    os.mkdir("/work", 0o755)
-    mount("tmpfs", "/work", "tmpfs", MS_NOSUID | MS_NODEV, f"size={disk_bytes},nr_inodes=20000,mode=755")
-    os.mkdir("/work/tmp")
-    os.symlink("work/tmp", "/tmp")
+    os.mkdir("/scratch", 0o755)
+    mount("tmpfs", "/scratch", "tmpfs", MS_NOSUID | MS_NODEV, f"size={disk_bytes},nr_inodes=20000,mode=755")
+    os.mkdir("/scratch/tmp")
+    os.symlink("scratch/tmp", "/tmp")
     for path in [*visible, *(f"/dev/{name}" for name in DEVICES)]:
         show(path)
     os.symlink("/proc/self/fd", "/dev/fd")
@@ -298,7 +298,7 @@ def in_namespaces(spec):
             check(libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl")  # nobody looks into this process
             try:
                 build_root(spec["visible"], spec["disk_bytes"])
-                os.chdir("/work")
+                os.chdir("/scratch")
             except (OSError, KeyError) as error:
                 result = {"refused": str(error)}
             else:

@@ -90,7 +90,7 @@ def run(
         UserError: the sandbox cannot be built on this machine, or a command cannot be started in it.
         RunFailure: it was killed from outside, or failed in itself.
     """
-    environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/work", "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
+    environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/scratch", "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
     spec = {
         "parent": os.getpid(),
         "namespaces": namespaces,
