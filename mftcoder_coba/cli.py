@@ -88,6 +88,7 @@ def plan(
 
     loaded = load_config(config, overrides)
     keep_libraries_in(cache_folder(loaded.data.cache_dir))
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is computed on a GPU; else DeepSpeed looks for one, and tells about it
     from mftcoder_coba import planning
 
     planning.accumulation_steps(loaded, gpus)  # what is wrong without data is told before it is read
